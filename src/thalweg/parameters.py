@@ -1,0 +1,283 @@
+"""Parameters as a vector, borrowed for a while, and given their gradients the way autograd would."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from thalweg.errors import ArgumentError, ArgumentTypeError, NonFiniteError, UnsupportedError, require_choice
+
+Change = Callable[[int, Tensor], Tensor]
+
+
+def collect(parameters: Iterable[Tensor], argument: str = "parameters") -> tuple[Tensor, ...]:
+    """Check a list of parameters and fix its order; each tensor once.
+
+    Args:
+        parameters: leaf tensors, real floating point, requiring grad; an iterable such as
+            `model.parameters()`. A tensor that comes twice (a tied weight) is kept once.
+        argument: the name used in the error messages.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: not an iterable of tensors, empty, or a tensor that cannot get a
+            gradient.
+
+    Example:
+        >>> [tuple(p.shape) for p in collect(nn.Linear(2, 3).parameters())]
+        [(3, 2), (3,)]
+    """
+    if isinstance(parameters, nn.Module | Tensor | str) or not isinstance(parameters, Iterable):
+        raise ArgumentTypeError(
+            argument, type(parameters), "an iterable of parameters", "Pass model.parameters()."
+        )
+    found: dict[int, Tensor] = {}
+    for index, parameter in enumerate(parameters):
+        name = f"{argument}[{index}]"
+        if not isinstance(parameter, Tensor):
+            mend = "Pass model.parameters(), not named_parameters()." if isinstance(parameter, tuple) else ""
+            raise ArgumentTypeError(name, parameter, "a tensor", mend)
+        if not parameter.is_floating_point():
+            raise ArgumentTypeError(name, parameter, "a real floating-point tensor")
+        if not (parameter.is_leaf and parameter.requires_grad):
+            mend = "Filter with `p for p in model.parameters() if p.requires_grad`."
+            raise ArgumentError(name, parameter, "a leaf tensor that requires grad", mend)
+        found.setdefault(id(parameter), parameter)
+    if not found:
+        mend = "An iterator such as model.parameters() is used up after one pass: call it again."
+        raise ArgumentError(argument, "none", "at least one parameter", mend)
+    return tuple(found.values())
+
+
+def vector(tensors: Iterable[Tensor]) -> Tensor:
+    """Concatenate tensors into one vector, in order.
+
+    Example:
+        >>> vector([torch.zeros(2, 2), torch.ones(1)])
+        tensor([0., 0., 0., 0., 1.])
+    """
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def unvector(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Cut a vector of shape (total,) back into tensors of the shapes and dtypes of `like`.
+
+    Raises:
+        ArgumentError: the length is not the sum of the sizes.
+    """
+    total = sum(tensor.numel() for tensor in like)
+    if flat.shape != (total,):
+        raise ArgumentError("flat", flat, f"a vector of shape ({total},)")
+    parts = torch.split(flat, [tensor.numel() for tensor in like])
+    return tuple(part.view(tensor.shape).to(tensor.dtype) for part, tensor in zip(parts, like))
+
+
+def fill_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Hand each parameter its gradient through autograd, so that hooks fire and `.grad` accumulates.
+
+    Args:
+        parameters: leaf tensors that require grad.
+        gradients: one tensor of the same shape per parameter, or None where there is none.
+
+    Raises:
+        ArgumentError: the numbers or the shapes differ.
+        NonFiniteError: a gradient holds nan or infinity; nothing was filled.
+
+    Example:
+        >>> weight = torch.zeros(2, requires_grad=True)
+        >>> fill_gradients([weight], [torch.ones(2)]); fill_gradients([weight], [torch.ones(2)])
+        >>> weight.grad
+        tensor([2., 2.])
+    """
+    if len(parameters) != len(gradients):
+        raise ArgumentError("gradients", f"{len(gradients)} of them", f"{len(parameters)}, one per parameter")
+    for index, (parameter, gradient) in enumerate(zip(parameters, gradients)):
+        if gradient is not None and gradient.shape != parameter.shape:
+            raise ArgumentError(f"gradients[{index}]", gradient, f"shape {tuple(parameter.shape)}")
+    pairs = [(p, g) for p, g in zip(parameters, gradients) if g is not None]
+    require_finite_all("gradients", [g for _, g in pairs])
+    if pairs:
+        # a fresh view per parameter: the gradient then enters through the same node that backward uses
+        with torch.enable_grad():
+            views = [p.view_as(p) for p, _ in pairs]
+        torch.autograd.backward(views, [g.detach().to(p.dtype) for p, g in pairs])
+
+
+def require_finite_all(what: str, tensors: Sequence[Tensor]) -> None:
+    """Raise `NonFiniteError` naming the first tensor that is not finite; one synchronisation for all."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    real = [t for t in tensors if not (isinstance(t, FakeTensor) or t.is_meta)]
+    if not real:
+        return
+    device = real[0].device
+    finite = torch.stack([torch.isfinite(t.detach()).all().to(device) for t in real])
+    if not bool(finite.all()):
+        raise NonFiniteError(f"{what}[{int(finite.long().argmin())}] holds nan or infinity")
+
+
+def all_reduce_gradients_(parameters: Iterable[Tensor], group: Any | None = None) -> None:
+    """Average `.grad` over the processes of `torch.distributed`, in place; call it after `thalweg.backward`.
+
+    The way to train on several processes with a rule that a DistributedDataParallel wrapper cannot serve:
+    keep the bare module on each rank, fill `.grad`, call this, step the optimizer.
+
+    Args:
+        parameters: the same parameters in the same order on every rank; those without `.grad` count as zero.
+        group: a process group, or None for the default one.
+
+    Raises:
+        UnsupportedError: torch.distributed is not initialised.
+    """
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        raise UnsupportedError("all_reduce_gradients_: call torch.distributed.init_process_group first")
+    found = collect(parameters)
+    world = dist.get_world_size(group)
+    for parameter in found:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad, group=group)
+        parameter.grad.div_(world)
+
+
+@contextmanager
+def borrowed(parameters: Sequence[Tensor], change: Change, restore: str = "copy") -> Iterator[None]:
+    """Run a body under changed parameters and give them back bit for bit, also after an exception.
+
+    Args:
+        parameters: leaf tensors, each with a storage of its own.
+        change: `change(index, value)` returns the value to use instead of `parameters[index]`; a pure
+            function (draw from a key), for "swap" calls it at every use.
+        restore: "copy" changes all parameters at once and keeps a copy: one extra model of memory, any code
+            in the body. "swap" changes each parameter only while the module that owns it runs: extra memory
+            of the largest module. Outside its module a swapped parameter reads as nan, so a body that uses
+            one there (`nn.MultiheadAttention` reads its projection's weight) cannot go wrong silently.
+
+    Raises:
+        ArgumentError: an unknown `restore`, or parameters that share or overlap in memory.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> before = layer.weight.item()
+        >>> with torch.no_grad(), borrowed([layer.weight], lambda i, value: value + 1.0):
+        ...     inside = layer.weight.item()
+        >>> inside == before + 1.0, layer.weight.item() == before
+        (True, True)
+    """
+    require_choice("restore", restore, ("copy", "swap"))
+    _require_own_storage(parameters)
+    body = _copied(parameters, change) if restore == "copy" else _swapped(parameters, change)
+    with body:
+        yield
+
+
+def _require_own_storage(parameters: Sequence[Tensor]) -> None:
+    seen: dict[int, int] = {}
+    for index, parameter in enumerate(parameters):
+        if any(stride == 0 and size > 1 for size, stride in zip(parameter.shape, parameter.stride())):
+            mend = "Give it memory of its own with .clone()."
+            raise ArgumentError(f"parameters[{index}]", parameter, "no expanded dimension", mend)
+        if parameter.numel() == 0:
+            continue
+        other = seen.setdefault(parameter.untyped_storage()._cdata, index)
+        if other != index:
+            mend = "Tie weights by using the same Parameter object twice."
+            raise ArgumentError(f"parameters[{index}]", parameter, f"memory not shared with [{other}]", mend)
+
+
+@contextmanager
+def _copied(parameters: Sequence[Tensor], change: Change) -> Iterator[None]:
+    kept: list[Tensor] = []
+    try:
+        for index, parameter in enumerate(parameters):
+            value = parameter.detach()
+            changed = change(index, value)
+            kept.append(value.clone())
+            value.copy_(changed)
+        yield
+    finally:
+        for parameter, value in zip(parameters, kept):
+            parameter.detach().copy_(value)
+
+
+@contextmanager
+def _swapped(parameters: Sequence[Tensor], change: Change) -> Iterator[None]:
+    index_of = {id(parameter): index for index, parameter in enumerate(parameters)}
+    kept = [parameter.data for parameter in parameters]
+    depth = [0] * len(parameters)
+
+    def enter(module: nn.Module, _inputs: object) -> None:
+        for parameter in module._parameters.values():
+            index = index_of.get(id(parameter), -1)
+            if index >= 0 and parameter is not None:
+                depth[index] += 1
+                if depth[index] == 1:
+                    parameter.data = change(index, kept[index])
+
+    def leave(module: nn.Module, _inputs: object, _output: object) -> None:
+        for parameter in module._parameters.values():
+            index = index_of.get(id(parameter), -1)
+            if index >= 0 and parameter is not None:
+                depth[index] -= 1
+                if depth[index] == 0:
+                    parameter.data = _unreadable(kept[index])
+
+    handles = (
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave, always_call=True),
+    )
+    try:
+        for parameter, value in zip(parameters, kept):
+            parameter.data = _unreadable(value)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter, value in zip(parameters, kept):
+            parameter.data = value
+
+
+def _unreadable(value: Tensor) -> Tensor:
+    return torch.full((), float("nan"), dtype=value.dtype, device=value.device).expand(value.shape)
+
+
+@contextmanager
+def isolated(model: nn.Module | None, parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Run a body and leave no trace: buffers, `.grad`, training flags and random states come back.
+
+    What only reads gradients runs inside this. Inside, `.grad` is None everywhere. Buffers are copied;
+    parameters are not, so a body that writes into them must give them back itself (see `borrowed`).
+
+    Args:
+        model: the module whose buffers, flags and parameters are kept, or None.
+        parameters: further leaf tensors whose `.grad` is kept.
+    """
+    leaves = {id(p): p for p in parameters}
+    modules = list(model.modules()) if model is not None else []
+    if model is not None:
+        leaves.update((id(p), p) for p in model.parameters())
+    buffers = [
+        (module, name, b) for module in modules for name, b in module._buffers.items() if b is not None
+    ]
+    values = [b.detach().clone() for _, _, b in buffers]
+    gradients = [(p, p.grad) for p in leaves.values()]
+    flags = [(module, module.training) for module in modules]
+    devices = sorted({p.device.index or 0 for p in leaves.values() if p.is_cuda})
+    with torch.random.fork_rng(devices=devices):
+        try:
+            for parameter, _ in gradients:
+                parameter.grad = None
+            yield
+        finally:
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            for (module, name, buffer), value in zip(buffers, values):
+                module._buffers[name] = buffer
+                buffer.detach().copy_(value)
+            for module, training in flags:
+                module.training = training

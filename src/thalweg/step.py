@@ -1,0 +1,233 @@
+"""One step of learning: `backward` in place of `loss.backward()`, and what it asks of a rule or a learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe, require_finite
+from thalweg.noise import Key, fresh_key
+from thalweg.parameters import collect, fill_gradients
+
+Closure = Callable[[], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What a rule found out about a gradient.
+
+    Args:
+        loss: the loss at the unchanged parameters or the rule's best reading of it; a detached scalar.
+        gradients: one tensor per parameter, or None where the parameter has no part in the loss.
+        evaluations: how often the closure was called.
+    """
+
+    loss: Tensor
+    gradients: tuple[Tensor | None, ...]
+    evaluations: int
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """What `gradient=` accepts in `backward`: anything with this one method."""
+
+    def estimate(self, closure: Closure, parameters: Sequence[Tensor], key: Key) -> Estimate:
+        """Estimate the gradient of the mean of `closure()`; change nothing, draw only from `key`."""
+        ...
+
+
+@runtime_checkable
+class Phase(Protocol):
+    """One update of a learner: a loss of its own and the parameters it moves."""
+
+    name: str
+    parameters: Sequence[Tensor]
+
+    def backward(self) -> Tensor:
+        """Fill `.grad` of this phase's parameters and return the phase's loss, detached."""
+        ...
+
+
+@runtime_checkable
+class Learner(Protocol):
+    """A way to learn without one global loss: two methods, and any optimizer steps between the phases.
+
+    Example:
+        >>> def train(learner, optimizer, batch):
+        ...     for phase in learner.phases(batch):
+        ...         optimizer.zero_grad()
+        ...         phase.backward()
+        ...         optimizer.step()
+    """
+
+    def phases(self, batch: Any) -> Iterable[Phase]:
+        """The updates of one batch, in order; each is computed when it is reached."""
+        ...
+
+    def predict(self, inputs: Any) -> Tensor:
+        """The outputs by which the learner is judged, for example logits of shape (batch, classes)."""
+        ...
+
+
+class Step(NamedTuple):
+    """A user's own training step, as the ledger, the doctor and `compare` take it; a plain tuple will do.
+
+    Args:
+        model: the module, for names and for buffers that must come back unchanged.
+        closure: called without arguments; returns a loss (scalar or one value per example), a mapping of
+            named losses, or the phases of a learner.
+        parameters: what the step learns.
+    """
+
+    model: nn.Module
+    closure: Callable[[], Any]
+    parameters: Sequence[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Backprop:
+    """The exact gradient by reverse-mode differentiation: `loss.backward()`; the reference for all others.
+
+    Example:
+        >>> weight = torch.tensor([3.0], requires_grad=True)
+        >>> loss = backward(lambda: (weight**2).sum(), [weight], gradient=Backprop())
+        >>> weight.grad
+        tensor([6.])
+    """
+
+    def estimate(self, closure: Closure, parameters: Sequence[Tensor], key: Key) -> Estimate:
+        """One forward and one backward."""
+        with torch.enable_grad():
+            loss = mean_loss(closure())
+        if not loss.requires_grad:
+            raise ArgumentError("closure", loss, "a loss that depends on the parameters", _CUT)
+        gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+        return Estimate(loss.detach(), tuple(gradients), 1)
+
+
+_CUT = "thalweg.doctor.examine names the place where the graph was cut."
+
+
+def backward(
+    closure: Closure,
+    parameters: Iterable[Tensor],
+    *,
+    gradient: Rule | None = None,
+    key: Key | None = None,
+) -> Tensor:
+    """Fill `.grad` of the parameters by the rule of your choice, in place of `loss.backward()`.
+
+    Args:
+        closure: computes the loss on a fixed batch; a scalar, or one value per example of shape (batch,),
+            whose mean is then the loss. Some rules call it more than once, so it must not step anything. With
+            an AMP scaler return the scaled loss, and unscale as usual.
+        parameters: what gets a gradient, for example `model.parameters()`.
+        gradient: a rule: `Backprop()` (the default), `ForwardGradient`, `SPSA`, `EvolutionStrategies`,
+            `ScoreFunction`, or your own object with a method `estimate`.
+        key: the name of this step's random draws; None takes a fresh one, governed by `torch.manual_seed`.
+            Give one when the same draws must come again, as in the line search of L-BFGS.
+
+    Returns:
+        The loss, a detached scalar.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: a wrong argument; nothing was changed.
+        NonFiniteError: the loss or a gradient is nan or infinite; no `.grad` was changed.
+        UnsupportedError: the closure runs a DistributedDataParallel or FSDP module under another rule than
+            `Backprop`; use the bare module and `thalweg.all_reduce_gradients_`.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> x, y = torch.ones(8, 2), torch.zeros(8, 1)
+        >>> loss = backward(lambda: nn.functional.mse_loss(model(x), y), model.parameters())
+        >>> loss.shape, model.weight.grad.shape
+        (torch.Size([]), torch.Size([1, 2]))
+    """
+    if not callable(closure):
+        mend = "Write backward(lambda: criterion(model(x), y), ...)."
+        raise ArgumentTypeError(
+            "closure", closure, "a function without arguments that returns the loss", mend
+        )
+    rule = Backprop() if gradient is None else gradient
+    if isinstance(rule, type) or not isinstance(rule, Rule):
+        raise ArgumentTypeError("gradient", rule, "a rule such as thalweg.SPSA()", _not_a_rule(rule))
+    if key is not None and not isinstance(key, Key):
+        raise ArgumentTypeError("key", key, "a thalweg.noise.Key or None")
+    found = collect(parameters)
+    if isinstance(rule, Backprop):
+        # the route the user already has: no copies, and a data-parallel wrapper keeps working
+        with torch.enable_grad():
+            loss = mean_loss(closure())
+        if not loss.requires_grad:
+            raise ArgumentError("closure", loss, "a loss that depends on the parameters", _CUT)
+        loss.backward(inputs=list(found))
+        return loss.detach()
+    with refuse_wrappers(type(rule).__name__):
+        estimate = rule.estimate(closure, found, key if key is not None else draw_key())
+    require_finite("the loss", estimate.loss)
+    fill_gradients(found, estimate.gradients)
+    return estimate.loss
+
+
+def draw_key() -> Key:
+    """A `Key` taken from torch's default CPU generator, so that `torch.manual_seed` governs it."""
+    return Key(seed=int(fresh_key(torch.empty(0))))
+
+
+def mean_loss(loss: object) -> Tensor:
+    """Check what a closure returned and reduce it to a scalar: losses per example by their mean.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: not a floating-point tensor of at most one dimension, or empty.
+        NonFiniteError: nan or infinity.
+    """
+    tensor = losses_per_example(loss)
+    return tensor.mean() if tensor.ndim else tensor
+
+
+def losses_per_example(loss: object) -> Tensor:
+    """Check what a closure returned: a scalar, or one loss per example of shape (batch,)."""
+    if isinstance(loss, Mapping):
+        total = sum(mean_loss(value) for value in loss.values())
+        return losses_per_example(total)
+    if not isinstance(loss, Tensor) or not loss.is_floating_point():
+        raise ArgumentTypeError("closure", loss, "a floating-point tensor as its return value")
+    if loss.ndim > 1 or loss.numel() == 0:
+        raise ArgumentError("closure", loss, "a scalar loss, or one loss per example of shape (batch,)")
+    require_finite("the loss", loss)
+    return loss
+
+
+def _not_a_rule(rule: object) -> str:
+    if isinstance(rule, type):
+        return f"Make one: {rule.__name__}()."
+    return f"{describe(rule)} has no method estimate(closure, parameters, key)."
+
+
+@contextmanager
+def refuse_wrappers(rule: str) -> Iterator[None]:
+    """Refuse data-parallel wrappers inside a body that does not run their backward."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        yield
+        return
+
+    def refuse(module: nn.Module, _inputs: object) -> None:
+        for cls in type(module).__mro__:
+            if cls.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
+                raise UnsupportedError(
+                    f"{rule} under {cls.__name__}: its communication hooks would not fire. Pass the bare "
+                    "module on every rank and call thalweg.all_reduce_gradients_(parameters) afterwards"
+                )
+
+    handle = nn.modules.module.register_module_forward_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
