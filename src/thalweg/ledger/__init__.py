@@ -1,0 +1,1 @@
+"""What a gradient costs, and how right it is."""
