@@ -1,0 +1,101 @@
+"""Straight-through: a hard value forward, the slope of a smooth stand-in backward."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from thalweg.errors import ArgumentError, require_choice, require_floating
+
+Slope = Literal["identity", "sigmoid"]
+
+
+def straight_through(logits: Tensor, hard: Tensor, slope: Slope = "identity") -> Tensor:
+    """Return `hard` exactly, and give `logits` the cotangent as if a smooth function had run instead.
+
+    Choose it for anything with a jump (binary units, rounding, hashing, quantisation) when a biased gradient
+    that costs nothing is good enough. The bias: the rest of the network is differentiated at the hard value,
+    and the jump is replaced by the slope.
+
+    It supports `torch.compile(fullgraph=True)`, `vmap`, `grad`, `jvp` (the tangent is that of the stand-in),
+    autocast and second derivatives (those of the stand-in); what it returns is a tensor of its own, which may
+    be changed in place.
+
+    Args:
+        logits: floating-point tensor of any shape; its values may be infinite.
+        hard: tensor of the same shape, dtype and device; comes back bit for bit. Gets no gradient.
+        slope: "identity" passes the cotangent unchanged (the paper's choice); "sigmoid" multiplies it by
+            sigmoid'(logits), exact in expectation for a Bernoulli unit whose loss is affine in it.
+
+    Returns:
+        A tensor equal to `hard`, whose gradient goes to `logits`.
+
+    Raises:
+        ArgumentTypeError: `logits` or `hard` is not a floating-point tensor.
+        ArgumentError: shapes, dtypes or devices differ, or an unknown `slope`.
+
+    Paper:
+        Bengio, Léonard, Courville: Estimating or Propagating Gradients Through Stochastic Neurons for
+        Conditional Computation. arXiv 1308.3432, 2013.
+
+    Example:
+        >>> logits = torch.tensor([-1.0, 2.0], requires_grad=True)
+        >>> bits = straight_through(logits, (logits > 0).float())
+        >>> (bits * torch.tensor([3.0, 5.0])).sum().backward()
+        >>> bits.tolist(), logits.grad.tolist()
+        ([0.0, 1.0], [3.0, 5.0])
+    """
+    require_floating("logits", logits)
+    require_floating("hard", hard)
+    require_choice("slope", slope, ("identity", "sigmoid"))
+    if hard.shape != logits.shape or hard.dtype != logits.dtype or hard.device != logits.device:
+        expected = f"shape {tuple(logits.shape)}, {logits.dtype}, {logits.device} as the logits have"
+        raise ArgumentError("hard", hard, expected, "Convert it with hard.to(logits).")
+    smooth = logits if slope == "identity" else torch.sigmoid(logits)
+    return with_gradient_of(smooth, hard)
+
+
+def with_gradient_of(smooth: Tensor, hard: Tensor) -> Tensor:
+    """Return a new tensor with the bits of `hard` and the derivatives of `smooth`; same shape and dtype.
+
+    The usual `hard + (smooth - smooth.detach())` makes nan of an infinite `smooth` and, when the compiler
+    contracts the difference, no longer returns `hard`. Here the sum only carries the graph (and the batch
+    dimensions of both under `vmap`), and its memory is then overwritten out of autograd's sight.
+    """
+    out = torch.add(smooth, hard.detach(), alpha=0)
+    out.detach().copy_(hard.detach())
+    return out
+
+
+def round(x: Tensor) -> Tensor:
+    """Round to the nearest integer (ties to even) with the gradient of the identity: for quantisation.
+
+    Example:
+        >>> round(torch.tensor([0.4, 1.6]))
+        tensor([0., 2.])
+    """
+    return straight_through(x, torch.round(require_floating("x", x).detach()))
+
+
+def sign(x: Tensor) -> Tensor:
+    """Take -1 below zero and 1 from zero on, with the gradient of the identity: for hashing to two values.
+
+    Example:
+        >>> sign(torch.tensor([-0.3, 0.0, 2.0]))
+        tensor([-1.,  1.,  1.])
+    """
+    x = require_floating("x", x)
+    return straight_through(x, torch.where(x.detach() < 0, -1.0, 1.0).to(x.dtype))
+
+
+def threshold(logits: Tensor, slope: Slope = "identity") -> Tensor:
+    """Take 1 where the logit is above zero, else 0; the deterministic twin of a Bernoulli unit.
+
+    Example:
+        >>> threshold(torch.tensor([-1.0, 0.5]), slope="sigmoid")
+        tensor([0., 1.])
+    """
+    logits = require_floating("logits", logits)
+    return straight_through(logits, (logits.detach() > 0).to(logits.dtype), slope)
