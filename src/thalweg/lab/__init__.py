@@ -1,0 +1,6 @@
+"""A run: presets, seeds, progress, claims, figures, and cells that resume."""
+
+from thalweg.lab.claim import Claim
+from thalweg.lab.run import Lab
+
+__all__ = ["Claim", "Lab"]

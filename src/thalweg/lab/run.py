@@ -1,0 +1,419 @@
+"""A run: cells that resume, metrics, tables, figures, weights and claims, written whole."""
+
+from __future__ import annotations
+
+import io
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor
+
+from thalweg.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    MissingExtraError,
+    require_choice,
+    require_integer,
+)
+from thalweg.lab.cells import Cell, Page, file_hash, identity, own_randomness, read_cell, write_cell
+from thalweg.lab.claim import Claim
+from thalweg.lab.files import from_json, to_json, write_bytes, write_json
+from thalweg.lab.folder import open_folder
+from thalweg.lab.machine import describe_machine
+from thalweg.lab.progress import Progress, Ticker
+
+T = TypeVar("T")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+
+
+class Lab:
+    """One run in one folder; choose it for anything long enough to be interrupted or worth keeping.
+
+    Use it as a context manager. Inside, the work is done in cells (`cell`); every cell is on disk when it
+    ends, so that a kill loses at most the cell in hand, and a run with `resume=True` goes on from there and
+    ends with the same files, times apart. At the end of the block `run.json`, `claims.json` and
+    `metrics.jsonl` are written; after an exception they are not.
+
+    Args:
+        out: the folder of the run; made when missing, refused when it holds something else than a run.
+        name: what was run, for example "06_stochastic_neurons": letters, digits, "_", "-" and ".".
+        kind: "recipe" or "compare".
+        config: everything that decides the results, as JSON values.
+        seeds: the seeds of the run, at least one, each at least 0.
+        device: where to compute, "cpu" or "cuda".
+        preset: the preset that `config` came from, or None.
+        resume: keep the cells that an earlier run with the same configuration left in `out`; otherwise they
+            are deleted.
+        quiet: no progress bar and no notes; neither is shown anyway where standard error is not a terminal.
+        threads: set torch's number of threads for the time of the run; None leaves it alone.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: a wrong argument; a folder that holds other files; a resume under
+            another configuration. Nothing was changed.
+
+    Example:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with Lab(folder / "run", name="dice", kind="recipe", config={"sides": 6}, seeds=[0, 1]) as lab:
+        ...     lab.plan(len(lab.seeds))
+        ...     rolls = [lab.cell("roll", lambda: int(torch.randint(6, ())), seed=s) for s in lab.seeds]
+        ...     lab.claims([Claim("never 6", "none", measured=max(rolls), holds=max(rolls) < 6)])
+        >>> sorted(path.name for path in (folder / "run").iterdir())
+        ['cells', 'claims.json', 'config.json', 'metrics.jsonl', 'run.json']
+    """
+
+    def __init__(
+        self,
+        out: Path | str,
+        *,
+        name: str,
+        kind: str,
+        config: Mapping[str, object],
+        seeds: Sequence[int],
+        device: str | torch.device = "cpu",
+        preset: str | None = None,
+        resume: bool = False,
+        quiet: bool = False,
+        threads: int | None = None,
+    ) -> None:
+        _require_name("name", name)
+        require_choice("kind", kind, ("recipe", "compare"))
+        if threads is not None:
+            require_integer("threads", threads, 1)
+        self.out = Path(out)
+        self.name = name
+        self.kind = kind
+        self.preset = preset
+        self.seeds = _checked_seeds(seeds)
+        self.device = _checked_device(device)
+        self.config: dict[str, Any] = to_json(config, "config")
+        self.resume = resume
+        self._quiet = quiet
+        self._threads = threads
+        self._identity_parts = {
+            "name": name,
+            "kind": kind,
+            "config": self.config,
+            "device": self.device.type,
+            "torch": torch.__version__,
+        }
+        self._identity = identity(self._identity_parts)
+        self._entered = False
+
+    def __enter__(self) -> Lab:
+        if self._entered:
+            raise ArgumentError("lab", self.name, "a new Lab for each run")
+        self._entered = True
+        # a bar that cannot be shown is an error before anything is touched
+        self._progress = Progress(self._quiet)
+        note = open_folder(self.out, self._head(), resume=self.resume)
+        self._run, self._in_cell = Page(), None
+        self._claims: list[Claim] = []
+        self._documents: list[str] = []
+        self._cells: list[Cell] = []
+        self._loaded = 0
+        self._started = time.time()
+        self._old_threads = torch.get_num_threads()
+        if self._threads is not None:
+            torch.set_num_threads(self._threads)
+        self._machine = describe_machine(self.device)
+        if note:
+            self._note(note)
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, trace)
+        if self._threads is not None:
+            torch.set_num_threads(self._old_threads)
+        if error is None:
+            self._write()
+
+    def plan(self, number_of_cells: int) -> None:
+        """Say how many cells the run will have, for the bar and the time left.
+
+        Args:
+            number_of_cells: at least 0.
+        """
+        require_integer("number_of_cells", number_of_cells, 0)
+        self._progress.plan(number_of_cells)
+
+    def cell(self, name: str, function: Callable[[], T], *, seed: int) -> T:
+        """Run one part of the work, or load it when an earlier run has done it.
+
+        torch's, numpy's and Python's default generators are seeded from (name, seed) for the time of the
+        cell and put back afterwards, so that a cell depends neither on its neighbours nor on a resume.
+
+        Args:
+            name: what the cell does, for example "spsa"; together with the seed unique in the run.
+            function: called without arguments; returns JSON values (see `thalweg.lab.files.to_json`).
+            seed: one of the seeds of the run, or another number of at least 0.
+
+        Returns:
+            What the function returned, after a passage through JSON: tuples are lists, the first time too.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: a cell inside a cell, a name that came before, a result that is
+                not JSON.
+        """
+        self._require_open()
+        if not isinstance(name, str) or not name.strip():
+            raise ArgumentTypeError("name", name, "a string that says what the cell does")
+        require_integer("seed", seed, 0)
+        if self._in_cell is not None:
+            raise ArgumentError("name", name, f"no cell inside the cell {self._in_cell[0]!r}")
+        if any((cell.name, cell.seed) == (name, seed) for cell in self._cells):
+            mend = "Its result would be written over the earlier one's."
+            raise ArgumentError("name", name, f"a name that no cell of seed {seed} has had", mend)
+        folder = self.out / "cells"
+        self._progress.start(f"{name}, seed {seed}")
+        cell = read_cell(self.out, folder, name, seed, self._identity) if self.resume else None
+        loaded = cell is not None
+        if cell is None:
+            cell = self._compute(name, function, seed)
+            write_cell(folder, cell)
+        self._loaded += loaded
+        self._cells.append(cell)
+        self._run.extend(cell.page)
+        self._progress.finish(computed=not loaded)
+        return cast(T, cell.result)
+
+    def progress(self, total: int, description: str = "") -> Ticker:
+        """Count steps inside a cell: call what you get once per step, and the time left moves with it.
+
+        Args:
+            total: how many steps the cell has, at least 1.
+            description: a word or two for the bar.
+        """
+        self._require_open()
+        return Ticker(self._progress, total, description)
+
+    def log(self, **metrics: object) -> None:
+        """Add one row to metrics.jsonl; inside a cell the row carries the cell's name and seed.
+
+        Args:
+            metrics: JSON values, for example `step=10, loss=0.3`; times belong under `timing={...}`, because
+                everything else has to come out the same when the run is repeated.
+        """
+        page = self._page()
+        where = {} if self._in_cell is None else {"cell": self._in_cell[0], "seed": self._in_cell[1]}
+        for taken in where:
+            if taken in metrics:
+                raise ArgumentError(taken, metrics[taken], "another name: the row has the cell's")
+        page.metrics.append(where | to_json(metrics, "metrics"))
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """Add a table to the page of the run.
+
+        Args:
+            title: one line above it.
+            columns: headings.
+            rows: JSON values, as many in each row as there are columns; None is shown as empty.
+        """
+        page = self._page()
+        for index, row in enumerate(rows):
+            if len(row) != len(columns):
+                raise ArgumentError(f"rows[{index}]", row, f"{len(columns)} values, one for each column")
+        page.tables.append(
+            {"title": title, "columns": to_json(columns, "columns"), "rows": to_json(rows, "rows")}
+        )
+
+    def figure(self, name: str, figure: Any, caption: str = "") -> None:
+        """Save a matplotlib figure as figures/NAME.png, to be shown on the page of the run.
+
+        Args:
+            name: letters, digits, "_", "-" and ".".
+            figure: a `matplotlib.figure.Figure`; it is neither changed nor closed.
+            caption: a sentence below it: what to see.
+        """
+        page = self._page()
+        _require_name("name", name)
+        if not hasattr(figure, "savefig"):
+            raise ArgumentTypeError("figure", figure, "a matplotlib figure")
+        stream = io.BytesIO()
+        # no software version in the file: equal figures are equal bytes
+        figure.savefig(stream, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+        self._keep(page.figures, "figures", f"{name}.png", name, stream.getvalue(), {"caption": caption})
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Save tensors as weights/NAME.safetensors.
+
+        Args:
+            name: letters, digits, "_", "-" and ".".
+            tensors: for example `model.state_dict()`; tied weights are written once for each name.
+
+        Raises:
+            MissingExtraError: safetensors is not installed.
+        """
+        page = self._page()
+        _require_name("name", name)
+        try:
+            from safetensors.torch import save
+        except ImportError:
+            raise MissingExtraError("safetensors", "recipes") from None
+        for key, tensor in tensors.items():
+            if not isinstance(tensor, Tensor):
+                raise ArgumentTypeError(f"tensors[{key!r}]", tensor, "a tensor")
+        content = save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()})
+        self._keep(page.weights, "weights", f"{name}.safetensors", name, content, {})
+
+    def claims(self, claims: Sequence[Claim]) -> None:
+        """Hand in the claims of the run, once, in the order in which they shall be read."""
+        self._require_open()
+        for index, claim in enumerate(claims):
+            if not isinstance(claim, Claim):
+                raise ArgumentTypeError(f"claims[{index}]", claim, "a thalweg.lab.Claim")
+        self._claims = list(claims)
+
+    def document(self, name: str, value: object) -> None:
+        """Write one more JSON file beside the others, atomically and at once.
+
+        Args:
+            name: the file's name without ".json"; not one of those that the run writes itself.
+            value: JSON values.
+        """
+        self._require_open()
+        _require_name("name", name)
+        if name in ("run", "claims", "config", "metrics"):
+            raise ArgumentError("name", name, "a name that the run does not use itself")
+        write_json(self.out / f"{name}.json", value)
+        if name not in self._documents:
+            self._documents.append(name)
+
+    def _compute(self, name: str, function: Callable[[], T], seed: int) -> Cell:
+        self._in_cell = (name, seed, Page())
+        begun = time.perf_counter()
+        try:
+            with own_randomness(name, seed, self.device):
+                returned = function()
+            result = from_json(to_json(returned, f"the result of cell {name!r}"))
+            return Cell(
+                name, seed, self._identity, result, self._in_cell[2], round(time.perf_counter() - begun, 3)
+            )
+        finally:
+            self._in_cell = None
+
+    def _keep(
+        self,
+        entries: list[dict[str, Any]],
+        folder: str,
+        file: str,
+        name: str,
+        content: bytes,
+        more: dict[str, Any],
+    ) -> None:
+        in_hand = [] if self._in_cell is None else [*self._in_cell[2].figures, *self._in_cell[2].weights]
+        everything = [*self._run.figures, *self._run.weights, *in_hand]
+        if any(entry["file"] == f"{folder}/{file}" for entry in everything):
+            raise ArgumentError("name", name, "a name that no other of this run has")
+        path = self.out / folder / file
+        write_bytes(path, content)
+        entries.append({"name": name, "file": f"{folder}/{file}", **more, "sha256": file_hash(path)})
+
+    def _page(self) -> Page:
+        self._require_open()
+        return self._run if self._in_cell is None else self._in_cell[2]
+
+    def _require_open(self) -> None:
+        if not self._entered:
+            raise ArgumentError("lab", self.name, "a run that has begun", "Write `with Lab(...) as lab:`.")
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "format": 1,
+            "name": self.name,
+            "kind": self.kind,
+            "preset": self.preset,
+            "seeds": list(self.seeds),
+            "identity": self._identity_parts,
+        }
+
+    def _write(self) -> None:
+        claims = {
+            "name": self.name,
+            "kind": self.kind,
+            "preset": self.preset,
+            "seeds": list(self.seeds),
+            "passed": not any(claim.failed for claim in self._claims),
+            "claims": [claim.to_dict() for claim in self._claims],
+        }
+        # metrics first, run.json last: a run that calls itself finished has all its files
+        lines = [_line(row) for row in self._run.metrics]
+        write_bytes(self.out / "metrics.jsonl", "".join(lines).encode())
+        write_json(self.out / "claims.json", claims)
+        record = {
+            **self._head(),
+            "status": "finished",
+            "passed": claims["passed"],
+            "claims": claims["claims"],
+            "tables": self._run.tables,
+            "figures": [_without(entry, "sha256") for entry in self._run.figures],
+            "weights": self._run.weights,
+            "documents": [f"{name}.json" for name in self._documents],
+            "cells": [{"cell": cell.name, "seed": cell.seed} for cell in self._cells],
+            "machine": self._machine,
+            "timing": self._timing(),
+        }
+        write_json(self.out / "run.json", record)
+        if self._loaded:
+            self._note(f"{self._loaded} of {len(self._cells)} cells came from the earlier run.")
+
+    def _timing(self) -> dict[str, Any]:
+        return {
+            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
+            "seconds": round(time.time() - self._started, 3),
+            "cells": [
+                {"cell": cell.name, "seed": cell.seed, "seconds": cell.seconds} for cell in self._cells
+            ],
+        }
+
+    def _note(self, text: str) -> None:
+        if not self._quiet:
+            print(text, file=sys.stderr)
+
+
+def _line(row: dict[str, Any]) -> str:
+    import json
+
+    return json.dumps(to_json(row, "metrics"), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _without(entry: dict[str, Any], key: str) -> dict[str, Any]:
+    return {name: value for name, value in entry.items() if name != key}
+
+
+def _require_name(argument: str, name: object) -> None:
+    if not isinstance(name, str):
+        raise ArgumentTypeError(argument, name, "a string")
+    if not _NAME.fullmatch(name):
+        raise ArgumentError(argument, name, 'letters, digits, "_", "-" and ".", because it names a file')
+
+
+def _checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence):
+        raise ArgumentTypeError("seeds", seeds, "a sequence of integers")
+    for index, seed in enumerate(seeds):
+        require_integer(f"seeds[{index}]", seed, 0)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ArgumentError("seeds", list(seeds), "at least one seed, and each once")
+    return tuple(seeds)
+
+
+def _checked_device(device: str | torch.device) -> torch.device:
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise ArgumentError("device", device, "'cpu' or 'cuda'") from None
+    if found.type not in ("cpu", "cuda"):
+        raise ArgumentError("device", device, "'cpu' or 'cuda'")
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ArgumentError("device", device, "'cpu', because torch finds no CUDA device here")
+    return found
