@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import io
-import re
+import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from thalweg.errors import (
     require_choice,
     require_integer,
 )
+from thalweg.lab.arguments import require_device, require_name, require_seeds
 from thalweg.lab.cells import Cell, Page, file_hash, identity, own_randomness, read_cell, write_cell
 from thalweg.lab.claim import Claim
 from thalweg.lab.files import from_json, to_json, write_bytes, write_json
@@ -29,7 +30,6 @@ from thalweg.lab.machine import describe_machine
 from thalweg.lab.progress import Progress, Ticker
 
 T = TypeVar("T")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 class Lab:
@@ -82,7 +82,7 @@ class Lab:
         quiet: bool = False,
         threads: int | None = None,
     ) -> None:
-        _require_name("name", name)
+        require_name("name", name)
         require_choice("kind", kind, ("recipe", "compare"))
         if threads is not None:
             require_integer("threads", threads, 1)
@@ -90,8 +90,8 @@ class Lab:
         self.name = name
         self.kind = kind
         self.preset = preset
-        self.seeds = _checked_seeds(seeds)
-        self.device = _checked_device(device)
+        self.seeds = require_seeds(seeds)
+        self.device = require_device(device)
         self.config: dict[str, Any] = to_json(config, "config")
         self.resume = resume
         self._quiet = quiet
@@ -105,6 +105,12 @@ class Lab:
         }
         self._identity = identity(self._identity_parts)
         self._entered = False
+        self._run = Page()
+        self._in_cell: tuple[str, int, Page] | None = None
+        self._claims: list[Claim] = []
+        self._documents: list[str] = []
+        self._cells: list[Cell] = []
+        self._loaded = 0
 
     def __enter__(self) -> Lab:
         if self._entered:
@@ -113,11 +119,6 @@ class Lab:
         # a bar that cannot be shown is an error before anything is touched
         self._progress = Progress(self._quiet)
         note = open_folder(self.out, self._head(), resume=self.resume)
-        self._run, self._in_cell = Page(), None
-        self._claims: list[Claim] = []
-        self._documents: list[str] = []
-        self._cells: list[Cell] = []
-        self._loaded = 0
         self._started = time.time()
         self._old_threads = torch.get_num_threads()
         if self._threads is not None:
@@ -204,7 +205,9 @@ class Lab:
                 everything else has to come out the same when the run is repeated.
         """
         page = self._page()
-        where = {} if self._in_cell is None else {"cell": self._in_cell[0], "seed": self._in_cell[1]}
+        where: dict[str, Any] = {}
+        if self._in_cell is not None:
+            where = {"cell": self._in_cell[0], "seed": self._in_cell[1]}
         for taken in where:
             if taken in metrics:
                 raise ArgumentError(taken, metrics[taken], "another name: the row has the cell's")
@@ -234,14 +237,14 @@ class Lab:
             figure: a `matplotlib.figure.Figure`; it is neither changed nor closed.
             caption: a sentence below it: what to see.
         """
-        page = self._page()
-        _require_name("name", name)
+        self._require_open()
+        require_name("name", name)
         if not hasattr(figure, "savefig"):
             raise ArgumentTypeError("figure", figure, "a matplotlib figure")
         stream = io.BytesIO()
         # no software version in the file: equal figures are equal bytes
         figure.savefig(stream, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-        self._keep(page.figures, "figures", f"{name}.png", name, stream.getvalue(), {"caption": caption})
+        self._keep("figures", f"{name}.png", stream.getvalue(), {"name": name, "caption": caption})
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Save tensors as weights/NAME.safetensors.
@@ -253,8 +256,8 @@ class Lab:
         Raises:
             MissingExtraError: safetensors is not installed.
         """
-        page = self._page()
-        _require_name("name", name)
+        self._require_open()
+        require_name("name", name)
         try:
             from safetensors.torch import save
         except ImportError:
@@ -263,7 +266,7 @@ class Lab:
             if not isinstance(tensor, Tensor):
                 raise ArgumentTypeError(f"tensors[{key!r}]", tensor, "a tensor")
         content = save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()})
-        self._keep(page.weights, "weights", f"{name}.safetensors", name, content, {})
+        self._keep("weights", f"{name}.safetensors", content, {"name": name})
 
     def claims(self, claims: Sequence[Claim]) -> None:
         """Hand in the claims of the run, once, in the order in which they shall be read."""
@@ -281,7 +284,7 @@ class Lab:
             value: JSON values.
         """
         self._require_open()
-        _require_name("name", name)
+        require_name("name", name)
         if name in ("run", "claims", "config", "metrics"):
             raise ArgumentError("name", name, "a name that the run does not use itself")
         write_json(self.out / f"{name}.json", value)
@@ -289,34 +292,27 @@ class Lab:
             self._documents.append(name)
 
     def _compute(self, name: str, function: Callable[[], T], seed: int) -> Cell:
-        self._in_cell = (name, seed, Page())
+        page = Page()
+        self._in_cell = (name, seed, page)
         begun = time.perf_counter()
         try:
             with own_randomness(name, seed, self.device):
                 returned = function()
-            result = from_json(to_json(returned, f"the result of cell {name!r}"))
-            return Cell(
-                name, seed, self._identity, result, self._in_cell[2], round(time.perf_counter() - begun, 3)
-            )
         finally:
             self._in_cell = None
+        result = from_json(to_json(returned, f"the result of cell {name!r}"))
+        return Cell(name, seed, self._identity, result, page, round(time.perf_counter() - begun, 3))
 
     def _keep(
-        self,
-        entries: list[dict[str, Any]],
-        folder: str,
-        file: str,
-        name: str,
-        content: bytes,
-        more: dict[str, Any],
+        self, kind: Literal["figures", "weights"], file: str, content: bytes, entry: dict[str, str]
     ) -> None:
-        in_hand = [] if self._in_cell is None else [*self._in_cell[2].figures, *self._in_cell[2].weights]
-        everything = [*self._run.figures, *self._run.weights, *in_hand]
-        if any(entry["file"] == f"{folder}/{file}" for entry in everything):
-            raise ArgumentError("name", name, "a name that no other of this run has")
-        path = self.out / folder / file
-        write_bytes(path, content)
-        entries.append({"name": name, "file": f"{folder}/{file}", **more, "sha256": file_hash(path)})
+        pages = [self._run, self._page()]
+        path = f"{kind}/{file}"
+        if any(other["file"] == path for page in pages for other in getattr(page, kind)):
+            raise ArgumentError("name", entry["name"], f"a name that none of the run's {kind} has had")
+        write_bytes(self.out / path, content)
+        found = {**entry, "file": path, "sha256": file_hash(self.out / path)}
+        getattr(self._page(), kind).append(found)
 
     def _page(self) -> Page:
         self._require_open()
@@ -381,39 +377,8 @@ class Lab:
 
 
 def _line(row: dict[str, Any]) -> str:
-    import json
-
     return json.dumps(to_json(row, "metrics"), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _without(entry: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in entry.items() if name != key}
-
-
-def _require_name(argument: str, name: object) -> None:
-    if not isinstance(name, str):
-        raise ArgumentTypeError(argument, name, "a string")
-    if not _NAME.fullmatch(name):
-        raise ArgumentError(argument, name, 'letters, digits, "_", "-" and ".", because it names a file')
-
-
-def _checked_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    if isinstance(seeds, str) or not isinstance(seeds, Sequence):
-        raise ArgumentTypeError("seeds", seeds, "a sequence of integers")
-    for index, seed in enumerate(seeds):
-        require_integer(f"seeds[{index}]", seed, 0)
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ArgumentError("seeds", list(seeds), "at least one seed, and each once")
-    return tuple(seeds)
-
-
-def _checked_device(device: str | torch.device) -> torch.device:
-    try:
-        found = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ArgumentError("device", device, "'cpu' or 'cuda'") from None
-    if found.type not in ("cpu", "cuda"):
-        raise ArgumentError("device", device, "'cpu' or 'cuda'")
-    if found.type == "cuda" and not torch.cuda.is_available():
-        raise ArgumentError("device", device, "'cpu', because torch finds no CUDA device here")
-    return found
