@@ -15,14 +15,16 @@ device and then refuses another.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, require_floating, require_integer
 
+T = TypeVar("T")
 _MASK = (1 << 64) - 1
 _library = torch.library.Library("thalweg", "FRAGMENT")
 
@@ -101,6 +103,45 @@ def fresh_key(like: Tensor) -> Tensor:
     """
     key: Tensor = _fresh_key(like.detach())
     return key
+
+
+def replayed(body: Callable[[], T], devices: Iterable[torch.device] = ()) -> Callable[[], T]:
+    """Make every call of `body` see the random numbers that its first call saw: common random numbers.
+
+    Choose it to evaluate one loss several times under the same dropout masks and the same fresh keys. After
+    any number of calls torch's generators stand where one call leaves them, so training goes on drawing.
+
+    Args:
+        body: a function without arguments that draws from torch's default generators.
+        devices: the devices whose default generators are rewound beside the CPU's.
+
+    Returns:
+        A function like `body`; each of its calls but the first rewinds the generators first.
+
+    Example:
+        >>> draw = replayed(lambda: torch.rand(3))
+        >>> bool((draw() == draw()).all())
+        True
+    """
+    modules = [
+        (torch.get_device_module(device), device)
+        for device in sorted(set(devices), key=str)
+        if device.type != "cpu"
+    ]
+    modules = [(module, device) for module, device in modules if hasattr(module, "set_rng_state")]
+    states: list[Tensor] = []
+
+    def call() -> T:
+        if states:
+            torch.set_rng_state(states[0])
+            for (module, device), state in zip(modules, states[1:]):
+                module.set_rng_state(state, device)
+        else:
+            states.append(torch.get_rng_state())
+            states.extend(module.get_rng_state(device) for module, device in modules)
+        return body()
+
+    return call
 
 
 def uniform(like: Tensor, key: Key | Tensor) -> Tensor:

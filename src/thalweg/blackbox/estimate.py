@@ -1,0 +1,132 @@
+"""Evaluate one closure at several points under the same conditions, and leave what one evaluation leaves."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from thalweg.blackbox.directions import Directions, direction
+from thalweg.errors import NonFiniteError
+from thalweg.noise import Key, replayed
+from thalweg.parameters import borrowed
+from thalweg.step import Closure, losses_per_example
+
+
+class Buffers:
+    """The buffers of every module that a body runs, so that the body can be run again from the same ones.
+
+    Found by a hook on all modules while the body runs for the first time. Buffers that it did not change are
+    forgotten afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._modules: dict[int, nn.Module] = {}
+        self._kept: list[tuple[nn.Module, str, Tensor, int, Tensor]] | None = None
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Watch the first run of the body; later runs start from the buffers that this one found."""
+        if self._kept is not None:
+            self.rewind()
+            yield
+            return
+        self._kept = []
+        handle = nn.modules.module.register_module_forward_pre_hook(self._record)
+        try:
+            with warnings.catch_warnings():
+                # the hook is made for being called once more by a compiled module
+                warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are")
+                yield
+        finally:
+            handle.remove()
+            self._kept = [row for row in self._kept if _changed(*row[:4])]
+            self._modules.clear()
+
+    def rewind(self) -> None:
+        """Give every buffer the value it had before the first run."""
+        for module, name, buffer, _, value in self._kept or ():
+            module._buffers[name] = buffer
+            with torch.no_grad():
+                buffer.copy_(value)
+
+    def _record(self, module: nn.Module, _inputs: object) -> None:
+        if torch.compiler.is_compiling() or id(module) in self._modules:
+            return
+        assert self._kept is not None
+        for each in module.modules():
+            if self._modules.setdefault(id(each), each) is each:
+                for name, buffer in each._buffers.items():
+                    if buffer is not None:
+                        self._kept.append((each, name, buffer, buffer._version, buffer.detach().clone()))
+
+
+def _changed(module: nn.Module, name: str, buffer: Tensor, version: int) -> bool:
+    return module._buffers.get(name) is not buffer or buffer._version != version
+
+
+class Evaluations:
+    """A closure that may be called many times within one estimate, always under the conditions of the first.
+
+    Every evaluation sees the same torch random numbers (dropout masks, fresh keys) and starts from the same
+    module buffers (BatchNorm statistics). Afterwards random state and buffers are as after one evaluation;
+    after an exception the buffers are as before.
+
+    Args:
+        closure: returns the loss, a scalar or one value per example.
+        parameters: whose devices' generators are replayed.
+    """
+
+    def __init__(self, closure: Closure, parameters: Sequence[Tensor]) -> None:
+        self.parameters = parameters
+        self._run = replayed(closure, [parameter.device for parameter in parameters])
+        self._buffers = Buffers()
+        self.count = 0
+
+    def loss(self, name: str) -> Tensor:
+        """Evaluate once; the mean loss in float32 or better.
+
+        Args:
+            name: what the error calls this evaluation, for example "sample 0, sign +".
+
+        Raises:
+            NonFiniteError: the loss is nan or infinite; the message holds `name`.
+        """
+        try:
+            with self._buffers.recorded():
+                value = self._run()
+            self.count += 1
+            losses = losses_per_example(value)
+        except NonFiniteError as error:
+            self._buffers.rewind()
+            mend = "a smaller scale or float32 often mends it"
+            raise NonFiniteError(f"{name}: {error}; {mend}") from error
+        except BaseException:
+            self._buffers.rewind()
+            raise
+        return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
+
+    def loss_along(
+        self, kind: Directions, key: Key, sample: int, step: float, restore: str = "copy"
+    ) -> Tensor:
+        """Evaluate with all parameters moved by `step` along direction `sample`, and move them back."""
+
+        def moved(index: int, value: Tensor) -> Tensor:
+            drawn = direction(kind, value, key, sample, index)
+            # one rounding: the product is not rounded to a low precision before the sum
+            return torch.add(value, drawn, alpha=step, out=drawn)
+
+        with borrowed(self.parameters, moved, restore):
+            return self.loss(f"sample {sample}, sign {'+' if step > 0 else '-'}")
+
+
+@contextmanager
+def eager_if(condition: bool) -> Iterator[None]:
+    """Run compiled modules and functions as they were written while the body runs, when `condition` holds."""
+    with ExitStack() as stack:
+        if condition:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
