@@ -89,6 +89,40 @@ class Step(NamedTuple):
     parameters: Sequence[Tensor]
 
 
+def as_step(step: object) -> Step:
+    """Check a training step in any of the forms in which it may come.
+
+    Args:
+        step: a `Step`, a plain tuple (model, closure, parameters), or a function of no arguments that returns
+            one of the two.
+
+    Returns:
+        A `Step` whose parameters are a tuple, each tensor once.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: anything else, or parameters that cannot get a gradient.
+
+    Example:
+        >>> model = nn.Linear(2, 1)
+        >>> found = as_step(lambda: (model, lambda: model(torch.ones(1, 2)).sum(), model.parameters()))
+        >>> found.model is model, len(found.parameters)
+        (True, 2)
+    """
+    expected = "a tuple (model, closure, parameters), or a function of no arguments that returns one"
+    if callable(step) and not isinstance(step, nn.Module | type):
+        step = step()
+        expected = "a function that returns a tuple (model, closure, parameters)"
+    if not isinstance(step, tuple) or len(step) != 3:
+        mend = "Write thalweg.Step(model, lambda: criterion(model(x), y), model.parameters())."
+        raise ArgumentTypeError("step", step, expected, mend)
+    model, closure, parameters = step
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError("step[0]", model, "a torch.nn.Module, the model")
+    if not callable(closure):
+        raise ArgumentTypeError("step[1]", closure, "a function without arguments that returns the loss")
+    return Step(model, closure, collect(parameters, "step[2]"))
+
+
 @dataclass(frozen=True, slots=True)
 class Backprop:
     """The exact gradient by reverse-mode differentiation: `loss.backward()`; the reference for all others.

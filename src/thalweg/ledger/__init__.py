@@ -1,1 +1,6 @@
 """What a gradient costs, and how right it is."""
+
+from thalweg.ledger.cost import Cost, cost, saved_bytes
+from thalweg.ledger.price import Price, Prices, price
+
+__all__ = ["Cost", "Price", "Prices", "cost", "price", "saved_bytes"]
