@@ -64,7 +64,7 @@ def with_gradient_of(smooth: Tensor, hard: Tensor) -> Tensor:
     contracts the difference, no longer returns `hard`. Here the sum only carries the graph (and the batch
     dimensions of both under `vmap`), and its memory is then overwritten out of autograd's sight.
     """
-    out = torch.add(smooth, hard.detach(), alpha=0)
+    out = smooth + torch.zeros_like(hard)
     out.detach().copy_(hard.detach())
     return out
 

@@ -1,0 +1,279 @@
+"""Clip the gradient that passes a tensor: by value, by norm, or pixel by pixel."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from thalweg.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    UnsupportedError,
+    require_choice,
+    require_floating,
+)
+
+Per = Literal["pixel", "sample", "tensor", "value"]
+
+
+class ClipStatistics:
+    """Count what `clip` did, on the device and without waiting for it; read it when the backward is done.
+
+    Counts add up over gates and backward passes until `reset`. Reading waits for the device once.
+
+    Args:
+        device: where the gated tensors live.
+
+    Example:
+        >>> statistics = ClipStatistics()
+        >>> x = torch.zeros(1, 3, 2, 2, requires_grad=True)
+        >>> (100 * clip(x, 1.0, statistics=statistics)[..., 0]).sum().backward()
+        >>> statistics.clipped_fraction(), statistics.nonfinite()
+        (0.5, 0)
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        # groups seen, groups changed, values that were nan or infinite
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def clipped_fraction(self) -> float:
+        """The share of groups (pixels, samples, ...) above the limit; nan before any backward."""
+        seen, clipped, _ = self.counts.tolist()
+        return clipped / seen if seen else float("nan")
+
+    def nonfinite(self) -> int:
+        """How many values arrived as nan or infinity."""
+        return int(self.counts[2])
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.counts.zero_()
+
+
+def clip(
+    x: Tensor,
+    limit: float,
+    *,
+    per: Per = "pixel",
+    norm: Literal["inf", "l2"] = "inf",
+    dim: int = 1,
+    mode: Literal["clip", "normalize"] = "clip",
+    nonfinite: Literal["zero", "keep"] = "zero",
+    scale: torch.amp.GradScaler | Tensor | float | None = None,
+    statistics: ClipStatistics | None = None,
+) -> Tensor:
+    """Return `x` unchanged, and bound the gradient that comes back through it.
+
+    Choose it where a gradient crosses a frozen network on its way to an image or another shared parameter: a
+    few wild pixels would drown the rest, and clipping the norm of the parameters' gradient afterwards cannot
+    change its direction. Place it directly behind the renderer, before any resizing.
+
+    The gate is one copy of the tensor, so the result may be changed in place, and `x` may be a leaf that is
+    gated again and again. Without a gradient to gate (`no_grad`, inference) it is that copy and nothing else.
+    It supports `vmap` and `grad` in either order, `jvp` (clipping is a rule for cotangents: tangents pass
+    unchanged), `torch.compile(fullgraph=True)`, checkpointing and autocast. Refused with `UnsupportedError`:
+    second derivatives, because the derivative of a clipped gradient would itself be clipped.
+
+    Args:
+        x: floating-point tensor, such as rendered images (batch, channels, height, width).
+        limit: the largest norm c that passes, above 0 and possibly infinite, in units of the gradient of the
+            unscaled loss. A loss averaged over the batch needs 1/batch of the limit of a summed one.
+        per: what is bounded: each "pixel" (the vector along `dim`), each "sample" (first dimension), the
+            whole "tensor", or each "value" by itself (which turns the colour of a pixel's gradient).
+        norm: "inf" (the largest magnitude, as the paper's code does) or "l2" (as the paper writes). With a
+            single channel all of these and "value" agree.
+        dim: the channel dimension for per="pixel": 1 for (batch, channels, ...), -1 for channels last.
+        mode: "clip" scales by min(1, c/norm); "normalize" by c/(norm + c), smooth and always below c.
+        nonfinite: "zero" replaces nan and infinite values by zero; "keep" passes the groups that hold them
+            untouched, so that a `GradScaler` sees the overflow, skips the step and lowers its scale.
+        scale: what the loss was multiplied with, because the gradients carry that factor: the
+            `torch.amp.GradScaler` itself, a number, or a tensor with one element (in compiled code).
+        statistics: counts what happened, without synchronising.
+
+    Returns:
+        A tensor with the bits of `x`.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: a wrong argument.
+
+    Paper:
+        Pan, Lu, Zhu, Zhang: Enhancing High-Resolution 3D Generation through Pixel-wise Gradient Clipping.
+        ICLR 2024, arXiv 2310.12474.
+
+    Example:
+        >>> image = torch.zeros(1, 3, 1, 2, requires_grad=True)
+        >>> wild = torch.tensor([[[[100.0, 0.0]], [[50.0, 1.0]], [[0.0, 0.0]]]])
+        >>> (clip(image, 1.0) * wild).sum().backward()
+        >>> image.grad[0, :, 0, :].T.tolist()
+        [[1.0, 0.5, 0.0], [0.0, 1.0, 0.0]]
+    """
+    require_floating("x", x)
+    require_choice("per", per, ("pixel", "sample", "tensor", "value"))
+    require_choice("norm", norm, ("inf", "l2"))
+    require_choice("mode", mode, ("clip", "normalize"))
+    require_choice("nonfinite", nonfinite, ("zero", "keep"))
+    if isinstance(limit, bool) or not isinstance(limit, int | float):
+        raise ArgumentTypeError("limit", limit, "a number above 0")
+    if not limit > 0:
+        raise ArgumentError("limit", limit, "a number above 0")
+    counts = _counts(statistics, x)
+    bound = _scaled(limit, scale, x)
+    return _gated(
+        x, bound, _dimensions(x, per, dim), norm == "l2", mode == "clip", nonfinite == "zero", counts
+    )
+
+
+@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
+def _gated(x: Tensor, *fields: Any) -> Tensor:
+    # dynamo rejects a custom Function with a jvp and, inside torch.func.grad, ignores its backward; as a node
+    # of its graph, the Function is traced one level down, where autograd and functorch are both at work
+    out: Tensor = _Gate.apply(x, _Rule(*fields))  # type: ignore[no-untyped-call]
+    return out
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rule:
+    """What happens to the cotangent; dimensions count from the end, so that `vmap` may add some in front."""
+
+    limit: Tensor | float
+    dims: tuple[int, ...]
+    euclidean: bool
+    clips: bool
+    zeroes: bool
+    counts: Tensor | None
+
+    def __call__(self, cotangent: Tensor) -> Tensor:
+        # norms of half-precision numbers overflow or round to the wrong side of the limit
+        wide = cotangent if cotangent.dtype is torch.float64 else cotangent.float()
+        finite = torch.isfinite(wide)
+        filled = torch.where(finite, wide, 0.0)
+        largest = filled.abs().amax(self.dims, keepdim=True) if self.dims else filled.abs()
+        # limit/norm; the norm is taken of a vector scaled to 1, where squares neither overflow nor vanish
+        ratio = self.limit / largest.clamp(min=torch.finfo(wide.dtype).tiny)
+        if self.euclidean and self.dims:
+            unit = filled / largest.clamp(min=torch.finfo(wide.dtype).tiny)
+            ratio = ratio / torch.linalg.vector_norm(unit, dim=self.dims, keepdim=True).clamp(min=1.0)
+        factor = ratio.clamp(max=1.0) if self.clips else 1 / (1 + 1 / ratio)
+        if self.counts is not None:
+            groups = torch.full_like(ratio, 1, dtype=torch.int64).sum()
+            self.counts.add_(torch.stack([groups, (ratio < 1).sum(), (~finite).sum()]))
+        if self.zeroes:
+            return (filled * factor).to(cotangent.dtype)
+        whole = finite.all() if len(self.dims) == cotangent.ndim else _all(finite, self.dims)
+        return torch.where(whole, filled * factor, wide).to(cotangent.dtype)
+
+
+def _all(finite: Tensor, dims: tuple[int, ...]) -> Tensor:
+    return (~finite).sum(dims, keepdim=True) == 0 if dims else finite
+
+
+def _refuse() -> None:
+    raise UnsupportedError(
+        "clip: no second derivative, the derivative of a clipped gradient would itself be clipped. Clip the "
+        "gradient that autograd.grad returned instead, or leave the gate out of the inner function"
+    )
+
+
+class _Treat(torch.autograd.Function):
+    """The rule as a function of the live cotangent: refuses to be differentiated in every mode."""
+
+    @staticmethod
+    def forward(cotangent: Tensor, rule: _Rule) -> Tensor:
+        return rule(cotangent)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Rule], output: Tensor) -> None:
+        """Nothing is kept."""
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Any) -> Any:
+        _refuse()
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        _refuse()
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[int | None, None], cotangent: Tensor, rule: _Rule
+    ) -> tuple[Tensor, int]:
+        assert in_dims[0] is not None
+        treated: Tensor = _Treat.apply(cotangent.movedim(in_dims[0], 0), rule)  # type: ignore[no-untyped-call]
+        return treated, 0
+
+
+class _Gate(torch.autograd.Function):
+    """A copy forward, the rule backward."""
+
+    @staticmethod
+    def forward(x: Tensor, rule: _Rule) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, _Rule], output: Tensor) -> None:
+        ctx.rule = inputs[1]
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        treated: Tensor = _Treat.apply(cotangent, ctx.rule)  # type: ignore[no-untyped-call]
+        return treated, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        return tangent.clone()
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, None], x: Tensor, rule: _Rule) -> tuple[Tensor, int]:
+        assert in_dims[0] is not None
+        out: Tensor = _Gate.apply(x.movedim(in_dims[0], 0), rule)  # type: ignore[no-untyped-call]
+        return out, 0
+
+
+def _dimensions(x: Tensor, per: Per, dim: int) -> tuple[int, ...]:
+    if per == "value":
+        return ()
+    if per == "tensor":
+        return tuple(range(-x.ndim, 0))
+    if per == "sample":
+        if x.ndim < 1:
+            raise ArgumentError("x", x, "at least one dimension for per='sample'")
+        return tuple(range(1 - x.ndim, 0))
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise ArgumentTypeError("dim", dim, "an integer")
+    if not -x.ndim <= dim < x.ndim:
+        mend = "Name the channel dimension, or use per='tensor' or per='value'."
+        raise ArgumentError("dim", dim, f"a dimension of a tensor of shape {tuple(x.shape)}", mend)
+    return (dim if dim < 0 else dim - x.ndim,)
+
+
+def _scaled(limit: float, scale: torch.amp.GradScaler | Tensor | float | None, x: Tensor) -> Tensor | float:
+    if scale is None:
+        return limit
+    if isinstance(scale, torch.amp.GradScaler):
+        if torch.compiler.is_compiling():
+            raise UnsupportedError("clip in compiled code: pass the scale as a tensor, not the GradScaler")
+        # through its public method: no synchronisation, and a disabled scaler returns what it got
+        return limit * scale.scale(torch.ones((), device=x.device))
+    if isinstance(scale, Tensor):
+        if scale.numel() != 1 or not scale.is_floating_point():
+            raise ArgumentError("scale", scale, "a floating-point tensor with one element")
+        return limit * scale.detach().reshape(()).to(x.device)
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise ArgumentTypeError("scale", scale, "a GradScaler, a number or a tensor with one element")
+    if not 0 < scale < float("inf"):
+        raise ArgumentError("scale", scale, "a finite number above 0")
+    return limit * scale
+
+
+def _counts(statistics: ClipStatistics | None, x: Tensor) -> Tensor | None:
+    if statistics is None:
+        return None
+    if not isinstance(statistics, ClipStatistics):
+        raise ArgumentTypeError("statistics", statistics, "a ClipStatistics or None")
+    if statistics.counts.device != x.device:
+        mend = f"Write ClipStatistics({str(x.device)!r})."
+        raise ArgumentError("statistics", statistics.counts, f"counts on {x.device}", mend)
+    return statistics.counts
