@@ -1,0 +1,6 @@
+"""Made-up problems whose answer is known exactly: the ground on which every estimator is tested."""
+
+from thalweg.problems.bernoulli import BernoulliNet
+from thalweg.problems.quadratic import Quadratic
+
+__all__ = ["BernoulliNet", "Quadratic"]
