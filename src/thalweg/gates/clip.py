@@ -121,9 +121,9 @@ def clip(
         raise ArgumentError("limit", limit, "a number above 0")
     counts = _counts(statistics, x)
     bound = _scaled(limit, scale, x)
-    return _gated(
-        x, bound, _dimensions(x, per, dim), norm == "l2", mode == "clip", nonfinite == "zero", counts
-    )
+    dims = _dimensions(x, per, dim)
+    out: Tensor = _gated(x, bound, dims, norm == "l2", mode == "clip", nonfinite == "zero", counts)
+    return out
 
 
 @torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
@@ -146,6 +146,8 @@ class _Rule:
     counts: Tensor | None
 
     def __call__(self, cotangent: Tensor) -> Tensor:
+        if not cotangent.numel():
+            return cotangent.clone()
         # norms of half-precision numbers overflow or round to the wrong side of the limit
         wide = cotangent if cotangent.dtype is torch.float64 else cotangent.float()
         finite = torch.isfinite(wide)
@@ -162,12 +164,8 @@ class _Rule:
             self.counts.add_(torch.stack([groups, (ratio < 1).sum(), (~finite).sum()]))
         if self.zeroes:
             return (filled * factor).to(cotangent.dtype)
-        whole = finite.all() if len(self.dims) == cotangent.ndim else _all(finite, self.dims)
+        whole = finite.all(self.dims, keepdim=True) if self.dims else finite
         return torch.where(whole, filled * factor, wide).to(cotangent.dtype)
-
-
-def _all(finite: Tensor, dims: tuple[int, ...]) -> Tensor:
-    return (~finite).sum(dims, keepdim=True) == 0 if dims else finite
 
 
 def _refuse() -> None:
