@@ -25,11 +25,13 @@ class Gradients:
         loss: detached scalar; for a learner the sum over its phases.
         gradients: one tensor per parameter, or None.
         evaluations: calls of the closure, or phases run.
+        phased: whether they were left by the phases of a learner.
     """
 
     loss: Tensor
     gradients: tuple[Tensor | None, ...]
     evaluations: int
+    phased: bool = False
 
 
 def gradients_of(
@@ -103,7 +105,7 @@ def _learn(phases: Iterable[Phase], parameters: Sequence[Tensor], around: Around
     if total is None:
         raise ArgumentError("closure", "no phases", "at least one phase, or a loss")
     gradients = tuple(p.grad for p in parameters)
-    return Gradients(total, gradients, count)
+    return Gradients(total, gradients, count, phased=True)
 
 
 def _check(gradients: object, parameters: Sequence[Tensor]) -> None:

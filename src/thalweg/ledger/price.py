@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -35,6 +36,8 @@ class Price:
         evaluations: calls of the closure, or phases of a learner.
         parameter_bytes: what the parameters themselves take.
         by_module: saved bytes by module path.
+        estimated: operators in the step whose fake kernel does not say what the real one keeps, so that the
+            bytes are an estimate; empty when the count is exact.
     """
 
     route: str
@@ -44,6 +47,7 @@ class Price:
     evaluations: int
     parameter_bytes: int
     by_module: Mapping[str, int] = field(default_factory=dict)
+    estimated: tuple[str, ...] = ()
 
 
 class Prices(list[Price]):
@@ -53,12 +57,13 @@ class Prices(list[Price]):
         rows = [
             [
                 each.route,
-                scaled(each.saved_bytes, "B"),
-                scaled(each.peak_bytes, "B"),
+                mark + scaled(each.saved_bytes, "B"),
+                mark + scaled(each.peak_bytes, "B"),
                 scaled(each.operations, "FLOP"),
                 str(each.evaluations),
             ]
             for each in self
+            for mark in ["~" if each.estimated else ""]
         ]
         return align(["route", "kept for backward", "peak", "operations", "evaluations"], rows)
 
@@ -72,9 +77,10 @@ def price(
     """Predict memory and operations of a step under fake tensors: shapes without data.
 
     The same code counts as in `cost`, so that the two agree as far as fake kernels describe real ones. They
-    do on the CPU, fused attention included. On CUDA the choice of the attention kernel (flash, efficient,
-    math) and with it what attention keeps is torch's own prediction, and workspaces inside kernels are not
-    seen: an estimate. Prices are for the device that the step's tensors are on.
+    do on the CPU, fused attention included; not for the CPU's fused LSTM, whose workspace torch leaves out.
+    On CUDA torch predicts which attention kernel will run, and with it what attention keeps; that is an
+    estimate. `Price.estimated` names such operators. Prices are for the device that the step's tensors are
+    on.
 
     Parameters, buffers, `.grad`, training flags and random states are afterwards bit for bit as before.
 
@@ -107,7 +113,7 @@ def price(
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with torch.random.fork_rng():
         if callable(step) and not isinstance(step, tuple):
-            with fake, _explained():
+            with fake, _explained(), _no_rejection():
                 found = as_step(step)
         else:
             found = as_step(step)
@@ -125,7 +131,25 @@ def _price(step: Step, name: str, rule: Rule, key: Key, fake: FakeTensorMode) ->
         evaluations=evaluations,
         parameter_bytes=sum(p.numel() * p.element_size() for p in step.parameters),
         by_module=dict(counter.by_module),
+        estimated=tuple(
+            sorted(name for operator, name in _ESTIMATED.items() if operator in counter.operators)
+        ),
     )
+
+
+@contextmanager
+def _no_rejection() -> Iterator[None]:
+    """Let models build whose initial values are redrawn until they lie in range: a price needs no values."""
+    name = "_no_grad_trunc_normal_"
+    original = getattr(nn.init, name, None)
+    if original is None:
+        yield
+        return
+    setattr(nn.init, name, lambda tensor, *_args, **_kwargs: tensor)
+    try:
+        yield
+    finally:
+        setattr(nn.init, name, original)
 
 
 @contextmanager
@@ -142,6 +166,16 @@ def _explained() -> Iterator[None]:
             f"price: {error} has no rule for fake tensors. Give it one with torch.library.register_fake, or "
             "use thalweg.ledger.cost"
         ) from error
+
+
+_aten = torch.ops.aten
+_ESTIMATED = {
+    _aten.mkldnn_rnn_layer: "mkldnn_rnn_layer",
+    _aten._cudnn_rnn: "_cudnn_rnn",
+    _aten._scaled_dot_product_flash_attention: "_scaled_dot_product_flash_attention",
+    _aten._scaled_dot_product_efficient_attention: "_scaled_dot_product_efficient_attention",
+    _aten._scaled_dot_product_cudnn_attention: "_scaled_dot_product_cudnn_attention",
+}
 
 
 def _named(routes: Sequence[Rule | None] | Mapping[str, Rule | None] | None) -> dict[str, Rule]:

@@ -54,6 +54,7 @@ class StorageCounter(TorchDispatchMode):
         self.peak_bytes = 0
         self.saved_bytes = 0
         self.operations = 0
+        self.operators: set[Any] = set()
         self.by_module: dict[str, int] = {}
         self._fake = fake
         self._attribute = attribute
@@ -125,14 +126,15 @@ class StorageCounter(TorchDispatchMode):
             out = func(*args, **kwargs)
             self._record(out, set())
             return out
-        if func not in flop_registry and func._overloadpacket not in flop_registry:
+        if func._overloadpacket not in _FORMULAS:
             # operators made of others reach this point under inference_mode; count their parts
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts
         out = func(*args, **kwargs)
-        formula = flop_registry.get(func._overloadpacket)
+        self.operators.add(func._overloadpacket)
+        formula = _FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.operations += formula(*args, **kwargs, out_val=out)
         self._record(out, self._aliased(func, args, kwargs))
@@ -211,6 +213,16 @@ def _parts(tensor: Tensor, fake: FakeTensorMode | None) -> list[Tensor]:
 
 
 _aten = torch.ops.aten
+# torch's registry leaves out attention on the CPU, whose products are those of the other kernels
+_FORMULAS: dict[Any, Callable[..., int]] = {
+    **flop_registry,
+    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
+        _aten._scaled_dot_product_flash_attention
+    ],
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        _aten._scaled_dot_product_flash_attention_backward
+    ],
+}
 _METADATA = {
     _aten.sym_is_contiguous.default,
     _aten.is_contiguous.default,
@@ -226,5 +238,6 @@ _METADATA = {
     _aten.numel.default,
     _aten.sym_numel.default,
     _aten.dim.default,
+    torch.ops.prim.device.default,
     torch.ops.prim.layout.default,
 }
