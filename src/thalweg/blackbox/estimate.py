@@ -19,13 +19,12 @@ from thalweg.step import Closure, losses_per_example
 class Buffers:
     """The buffers of every module that a body runs, so that the body can be run again from the same ones.
 
-    Found by a hook on all modules while the body runs for the first time. Buffers that it did not change are
-    forgotten afterwards.
+    Found by a hook on all modules while the body runs for the first time; costs a copy of these buffers.
     """
 
     def __init__(self) -> None:
-        self._modules: dict[int, nn.Module] = {}
-        self._kept: list[tuple[nn.Module, str, Tensor, int, Tensor]] | None = None
+        self._seen: dict[int, nn.Module] = {}
+        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] | None = None
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -43,29 +42,26 @@ class Buffers:
                 yield
         finally:
             handle.remove()
-            self._kept = [row for row in self._kept if _changed(*row[:4])]
-            self._modules.clear()
 
     def rewind(self) -> None:
         """Give every buffer the value it had before the first run."""
-        for module, name, buffer, _, value in self._kept or ():
+        for module, name, buffer, value in self._kept or ():
             module._buffers[name] = buffer
             with torch.no_grad():
                 buffer.copy_(value)
 
     def _record(self, module: nn.Module, _inputs: object) -> None:
-        if torch.compiler.is_compiling() or id(module) in self._modules:
+        if torch.compiler.is_compiling() or id(module) in self._seen:
             return
         assert self._kept is not None
         for each in module.modules():
-            if self._modules.setdefault(id(each), each) is each:
-                for name, buffer in each._buffers.items():
-                    if buffer is not None:
-                        self._kept.append((each, name, buffer, buffer._version, buffer.detach().clone()))
-
-
-def _changed(module: nn.Module, name: str, buffer: Tensor, version: int) -> bool:
-    return module._buffers.get(name) is not buffer or buffer._version != version
+            if id(each) not in self._seen:
+                self._seen[id(each)] = each
+                # native kernels write running statistics without a new version, so there is no telling later
+                kept = [
+                    (each, name, b, b.detach().clone()) for name, b in each._buffers.items() if b is not None
+                ]
+                self._kept.extend(kept)
 
 
 class Evaluations:
