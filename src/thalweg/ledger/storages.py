@@ -178,7 +178,8 @@ class StorageCounter(TorchDispatchMode):
                 if entry is not None and entry.forward and not entry.saved:
                     entry.saved = True
                     entry.owner = self._path[-1] if self._path else OUTSIDE
-            return tensor
+            # a tensor that carries its own node would keep itself alive after its graph has died
+            return tensor.detach()
 
         return saved_tensors_hooks(pack, lambda tensor: tensor) if self._attribute else nullcontext()
 
