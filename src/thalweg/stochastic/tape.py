@@ -75,7 +75,8 @@ _current: ContextVar[Tape | None] = ContextVar("thalweg_tape", default=None)
 
 def current() -> Tape | None:
     """The tape of the estimator that runs now, or None."""
-    return _current.get()
+    # while an estimator runs nothing is compiled, and the compiler cannot read a context variable
+    return None if torch.compiler.is_compiling() else _current.get()
 
 
 @contextmanager
