@@ -31,7 +31,7 @@ def examine(
     checks: Sequence[str] | None = None,
     seed: int = 0,
 ) -> Examination:
-    """Examine a training step and name what is wrong with its gradient; choose it when a model does not learn.
+    """Examine a training step and name what is wrong with its gradient; choose it when nothing is learned.
 
     It runs the step a few times (two forwards and two backwards, one backward more per loss term, and a
     closer look only where there is a sign) and leaves parameters, buffers, `.grad`, training flags and random

@@ -47,7 +47,7 @@ def findings(patient: Patient, stepped: tuple[Tensor, ...], reached: set[int]) -
     stale = [p for p in stepped if id(p) not in ours]
     nothing = len(missing) == len(patient.parameters)
     if missing:
-        names = ", ".join(patient.name(p) for p in missing[:4]) + (", ..." if len(missing) > 4 else "")
+        names = patient.listing(missing)
         sign = Evidence(
             "learned parameters the optimizer does not hold", float(len(missing)), 0.0, "exact: a count"
         )

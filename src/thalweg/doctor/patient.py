@@ -82,6 +82,10 @@ class Patient:
         """The name of a parameter in the model, or its place in `parameters`."""
         return self.names[id(parameter)]
 
+    def listing(self, parameters: Sequence[Tensor], most: int = 3) -> str:
+        """The first few names, for a line of text."""
+        return ", ".join(map(self.name, parameters[:most])) + (", ..." if len(parameters) > most else "")
+
     def owner(self, parameter: Tensor) -> str:
         """The path of the module that holds a parameter."""
         return self.name(parameter).rpartition(".")[0]

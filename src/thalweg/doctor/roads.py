@@ -107,9 +107,7 @@ def _cut_finding(
         if everything
         else f"{len(taken)} of {len(patient.parameters)} parameters"
     )
-    examples = ", ".join(patient.name(p) for p in list(taken.values())[:3]) + (
-        ", ..." if len(taken) > 3 else ""
-    )
+    examples = patient.listing(list(taken.values()))
     title = f"{what}{at} cuts the graph{origin}: no gradient reaches {lost} ({examples})"
     sign = Evidence("learned parameters behind the cut", float(len(taken)), 0.0, EXACT)
     mend = remedy(key)

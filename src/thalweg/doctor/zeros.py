@@ -30,14 +30,14 @@ def difference(patient: Patient, parameters: Sequence[Tensor], base: float) -> f
     """|L(w + d) - L(w - d)| for one random direction d in the given parameters, or None.
 
     None when the loss at the unchanged parameters does not come back as `base`: then the closure is not
-    repeatable and differences mean nothing. Three forwards, no graph.
+    repeatable and a difference means nothing. Three forwards, no graph.
     """
     if any(id(a) == id(b) for i, a in enumerate(parameters) for b in parameters[:i]):
         return None
-    directions = []
+    directions: list[Tensor] = []
     for index, parameter in enumerate(parameters):
         direction = normal(parameter, Key(seed=0, step=index))
-        length = parameter.detach().norm() + parameter.numel() ** 0.5 * 1e-2
+        length: Tensor = torch.linalg.vector_norm(parameter.detach()) + parameter.numel() ** 0.5 * 1e-2
         directions.append(direction * (STRETCH * length / direction.norm().clamp_min(1e-12)))
 
     def at(sign: float) -> Tensor:
@@ -48,10 +48,10 @@ def difference(patient: Patient, parameters: Sequence[Tensor], base: float) -> f
             value: Tensor = total(patient.terms()).detach().double()
         return value
 
-    with patient.visit(), torch.no_grad():
-        again = total(patient.terms()).detach().double()
-    values = torch.stack([at(1.0), at(-1.0), again]).tolist()
-    return abs(values[0] - values[1]) if values[2] == base else None
+    ahead, behind, again = torch.stack([at(1.0), at(-1.0), at(0.0)]).tolist()
+    change = float(abs(ahead - behind))
+    # kernels that sum in no fixed order may move the last digits; a new batch moves more than that
+    return change if abs(again - base) <= 0.1 * change or again == base else None
 
 
 def findings(
@@ -99,7 +99,7 @@ def _finding(
     code, key = ("L2", "L2") if dead else ("D1", "D1 flat" if flat else "D1 weight")
     # a flat operation explains the zero by itself; anything else needs the differences to speak against it
     severity = (2 if dead else 3) if moved else (2 if flat or dead else 0)
-    names = ", ".join(patient.name(p) for p in parameters[:3]) + (", ..." if len(parameters) > 3 else "")
+    names = patient.listing(parameters)
     name = f"{origin.operation} ({node})" if node else origin.operation
     at = f" at {origin.line}" if origin.line else ""
     verdict = "the loss does depend on them" if moved else "the loss does not move along them here either"
