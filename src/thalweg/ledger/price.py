@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
     UnsupportedOperatorException,
 )
@@ -98,7 +99,8 @@ def price(
     Raises:
         ArgumentTypeError, ArgumentError: a wrong argument; nothing was changed.
         UnsupportedError: the step reads a value (`.item()`, `if tensor:`, a shape that depends on data),
-            which fake tensors do not have.
+            which fake tensors do not have; or a route swaps the weights of a model that exists (`SPSA` with
+            restore="swap"): then pass a function that builds the model.
 
     Example:
         >>> def step():
@@ -121,7 +123,7 @@ def price(
 
 
 def _price(step: Step, name: str, rule: Rule, key: Key, fake: FakeTensorMode) -> Price:
-    with isolated(step.model, step.parameters), fake, _explained():
+    with isolated(step.model, step.parameters), _kept(step), fake, _explained():
         counter, evaluations = count(step, rule, key, fake)
     return Price(
         route=name,
@@ -135,6 +137,26 @@ def _price(step: Step, name: str, rule: Rule, key: Key, fake: FakeTensorMode) ->
             sorted(name for operator, name in _ESTIMATED.items() if operator in counter.operators)
         ),
     )
+
+
+@contextmanager
+def _kept(step: Step) -> Iterator[None]:
+    """Give real parameters their memory back when a route has pointed them at fake memory, and say so."""
+    leaves = {id(p): p for p in (*step.model.parameters(), *step.parameters)}
+    memory = [(p, p.data) for p in leaves.values() if not isinstance(p, FakeTensor)]
+    moved = False
+    try:
+        yield
+    finally:
+        for parameter, data in memory:
+            if parameter.is_meta != data.is_meta:
+                parameter.data = data
+                moved = True
+        if moved:
+            raise UnsupportedError(
+                "price: the route swaps the weights of an existing model, which fake tensors cannot follow. "
+                "Give price a function that builds the model"
+            )
 
 
 @contextmanager

@@ -59,6 +59,7 @@ class StorageCounter(TorchDispatchMode):
         self._fake = fake
         self._attribute = attribute
         self._storages: dict[int, _Storage] = {}
+        self._model = model
         self._names = {id(m): name for name, m in model.named_modules()} if model is not None else {}
         self._path: list[str] = []
         self._forward = False
@@ -102,7 +103,12 @@ class StorageCounter(TorchDispatchMode):
             entry = self._storages.get(storage._cdata)
             if entry is not None:
                 entry.returned = True
-        kept = [e for e in self._storages.values() if e.forward and (e.saved or not e.returned)]
+        weights = self._weights()
+        kept = [
+            e
+            for address, e in self._storages.items()
+            if e.forward and (e.saved or not e.returned) and address not in weights
+        ]
         total = sum(e.bytes for e in kept)
         if total > self.saved_bytes:
             self.saved_bytes = total
@@ -126,8 +132,7 @@ class StorageCounter(TorchDispatchMode):
             out = func(*args, **kwargs)
             self._record(out, set())
             return out
-        if func._overloadpacket not in _FORMULAS:
-            # operators made of others reach this point under inference_mode; count their parts
+        if torch.is_inference_mode_enabled() and _made_of_others(func):
             with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
@@ -139,6 +144,13 @@ class StorageCounter(TorchDispatchMode):
             self.operations += formula(*args, **kwargs, out_val=out)
         self._record(out, self._aliased(func, args, kwargs))
         return out
+
+    def _weights(self) -> set[int]:
+        # a rule that swaps weights, or a module that replaces a buffer, points them at storages made here
+        if self._model is None:
+            return set()
+        held = [*self._model.parameters(), *self._model.buffers()]
+        return {storage._cdata for storage in _storages(held, self._fake)}
 
     def _aliased(self, func: Any, args: Any, kwargs: Any) -> set[int]:
         if func is torch.ops.aten.lift_fresh.default:
@@ -189,6 +201,12 @@ class StorageCounter(TorchDispatchMode):
 
     def _leave_module(self, _module: nn.Module, _inputs: object, _output: object) -> None:
         self._path.pop()
+
+
+def _made_of_others(func: Any) -> bool:
+    # outside inference mode autograd has taken these apart before they arrive here
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return func._overloadpacket not in _FORMULAS and has_kernel(func.name(), "CompositeImplicitAutograd")
 
 
 def _storages(tree: Any, fake: FakeTensorMode | None) -> list[torch.UntypedStorage]:
