@@ -58,6 +58,8 @@ class Key:
         for name in ("seed", "step", "call"):
             require_integer(name, getattr(self, name), 0)
         if self.device is not None:
+            if not isinstance(self.device, str):
+                raise ArgumentTypeError("device", self.device, "a device type such as 'cpu', or None")
             try:
                 torch.device(self.device)
             except RuntimeError:
@@ -75,7 +77,7 @@ class Key:
         """The key folded into 63 bits, well mixed: neighbouring keys share nothing."""
         state = 0
         for word in (self.seed, self.step, self.call):
-            state = _mix(state ^ _mix(word & _MASK))
+            state = _mix(state ^ (word & _MASK))
         return state >> 1
 
 
@@ -101,7 +103,9 @@ def fresh_key(like: Tensor) -> Tensor:
         >>> uniform(logits, fresh_key(logits)).shape
         torch.Size([2])
     """
-    key: Tensor = _fresh_key(like.detach())
+    # the compiler merges equal calls even of seeded operators, but never two calls of `empty`: an empty
+    # tensor of its own keeps this key apart from its twins
+    key: Tensor = _fresh_key(like.detach(), torch.empty(0, device="cpu"))
     return key
 
 
@@ -205,7 +209,7 @@ def _sample(kind: str, like: Tensor, key: Tensor) -> Tensor:
     return out.to(like.dtype)
 
 
-def _take_key(like: Tensor) -> Tensor:
+def _take_key(like: Tensor, mark: Tensor) -> Tensor:
     return torch.randint(2**62, (1,), dtype=torch.int64, device="cpu")
 
 
@@ -220,17 +224,17 @@ def _define() -> dict[str, Any]:
             _library.impl(kind, lambda like, key, kind=kind: _sample(kind, like, key), device)
         torch.library.register_fake(f"thalweg::{kind}", _fake_draw, lib=_library)
         torch.library.register_vmap(f"thalweg::{kind}", _batched_draw(kind), lib=_library)
-    # seeded: never merged with its twin, never dropped, and replayed by compiled checkpointing
+    # seeded: never dropped, kept in order, and replayed by compiled checkpointing
     tags = [torch.Tag.pt2_compliant_tag, torch.Tag.nondeterministic_seeded]
-    _library.define("fresh_key(Tensor like) -> Tensor", tags=tags)
+    _library.define("fresh_key(Tensor like, Tensor mark) -> Tensor", tags=tags)
     for device in ("CPU", "CUDA"):
         _library.impl("fresh_key", _take_key, device)
     torch.library.register_fake(
-        "thalweg::fresh_key", lambda like: torch.empty(1, dtype=torch.int64, device="cpu"), lib=_library
+        "thalweg::fresh_key", lambda like, mark: torch.empty(1, dtype=torch.int64, device="cpu"), lib=_library
     )
     torch.library.register_vmap(
         "thalweg::fresh_key",
-        lambda info, in_dims, like: (torch.ops.thalweg.fresh_key(like), None),
+        lambda info, in_dims, like, mark: (torch.ops.thalweg.fresh_key(like, mark), None),
         lib=_library,
     )
     return {kind: getattr(torch.ops.thalweg, kind) for kind in ("uniform", "normal", "rademacher")}

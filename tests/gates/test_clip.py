@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import grad, vmap
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError
@@ -263,7 +264,7 @@ def test_a_scaler_in_compiled_code_is_refused_by_name() -> None:
 def test_a_scale_given_as_a_tensor_does_not_recompile() -> None:
     scales = [2.0, 8.0]
     weight = spiky(dtype=torch.float32)
-    seen = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    seen = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(
         lambda x, s: (clip(x, 0.5, scale=s) * weight).sum(), fullgraph=True, backend=seen
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from thalweg import gates
 from thalweg.errors import ArgumentError, ArgumentTypeError
@@ -45,7 +46,7 @@ def test_stop_lets_nothing_through_and_leaves_no_gradient() -> None:
 
 
 def test_a_factor_in_a_tensor_is_a_schedule_without_recompiling() -> None:
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda x, f: gates.scale(x, f).sum(), fullgraph=True, backend=counter)
     for value in (0.25, 0.5, -2.0):
         x = torch.ones(2, requires_grad=True)
