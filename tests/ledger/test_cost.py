@@ -119,6 +119,9 @@ def test_layers_by_hand() -> None:
     assert saved_bytes(lambda: (w * w.detach()).sum()) == 0
     with torch.no_grad():
         assert saved_bytes(lambda: w.exp().sum()) == 1000 * FLOAT  # gradients are enabled inside
+    kept = []
+    assert saved_bytes(lambda: kept.append(w.detach().exp())) == 0  # no graph, nothing for backward
+    assert saved_bytes(lambda: [kept.append(w.detach() + 1), w.sum()][1]) == 1000 * FLOAT  # kept elsewhere
 
 
 def tanh_stack() -> tuple[nn.Sequential, Tensor]:

@@ -29,7 +29,8 @@ class Cost:
         saved_bytes: kept for backward: the storages that the forward made and that live when it ends (the
             largest number over all calls of the closure, or over the phases of a learner). Parameters,
             buffers and tensors that were there before, such as the batch, are not counted; nor is the loss
-            itself. Tensors that the closure keeps elsewhere are, since they are memory all the same.
+            itself. Tensors that the closure keeps elsewhere are, since they are memory all the same. 0 where
+            the loss has no graph.
         peak_bytes: the most bytes that lived at once, gradients included, of what the step made. What a
             kernel takes and gives back within one operator is not seen.
         operations: floating-point operations of matrix products, convolutions and attention, forward and
@@ -182,7 +183,9 @@ def _watched(counter: StorageCounter) -> Callable[[Callable[[], Any]], Any]:
     def call(closure: Callable[[], Any]) -> Any:
         with counter.forward():
             result = closure()
-        counter.close_forward(result)
+        # without a graph nothing waits for a backward, whatever else a rule may keep
+        if counter.hand_out(result):
+            counter.close_forward()
         return result
 
     return call

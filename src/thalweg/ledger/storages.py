@@ -97,12 +97,16 @@ class StorageCounter(TorchDispatchMode):
         finally:
             self._backward_closes = False
 
-    def close_forward(self, result: Any = None) -> None:
-        """Take the count of what is kept for backward now; `result` is not, unless the graph saved it."""
+    def hand_out(self, result: Any) -> bool:
+        """Note that `result` is the caller's and no longer the forward's; whether a graph hangs on it."""
         for storage in _storages(result, self._fake):
             entry = self._storages.get(storage._cdata)
             if entry is not None:
                 entry.returned = True
+        return any(leaf.requires_grad for leaf in tree_leaves(result) if isinstance(leaf, Tensor))
+
+    def close_forward(self) -> None:
+        """Take the count of what is kept for backward now, without what was handed out and not saved."""
         weights = self._weights()
         kept = [
             e
