@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from thalweg.errors import ArgumentError, ArgumentTypeError
 from thalweg.ledger import Cost, cost, saved_bytes
+from thalweg.ledger.storages import StorageCounter
 from thalweg.noise import Key, rademacher
 from thalweg.parameters import borrowed
 from thalweg.step import Backprop, Estimate, Step, as_step, mean_loss
@@ -205,6 +206,24 @@ def test_attention_on_the_cpu_counts_its_products() -> None:
     product = 2 * 2 * 3 * 8 * 8 * 4
     # forward: scores and values; backward: the scores again and four products
     assert cost(step, repeats=0).operations == (2 + 5) * product
+
+
+@pytest.mark.parametrize("kind", ["layer", "attention"])
+def test_kernels_that_run_only_without_gradients_count_the_same_products(kind: str) -> None:
+    x = torch.randn(3, 7, 16)
+    if kind == "layer":
+        model: nn.Module = nn.TransformerEncoderLayer(16, 2, 40, batch_first=True).eval()
+        forward = lambda: model(x).sum()  # noqa: E731
+    else:
+        model = nn.MultiheadAttention(16, 2, batch_first=True).eval()
+        forward = lambda: model(x, x, x, need_weights=False)[0].sum()  # noqa: E731
+    counted = []
+    for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        counter = StorageCounter()
+        with context(), counter.counting():
+            forward()
+        counted.append(counter.operations)
+    assert counted[0] == counted[1] == counted[2] > 0
 
 
 def test_a_rule_without_a_graph_keeps_nothing() -> None:

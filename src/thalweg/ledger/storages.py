@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+
+from thalweg.ledger.operations import FORMULAS
 
 OUTSIDE = "(outside)"
 
@@ -143,7 +144,7 @@ class StorageCounter(TorchDispatchMode):
                 return parts
         out = func(*args, **kwargs)
         self.operators.add(func._overloadpacket)
-        formula = _FORMULAS.get(func._overloadpacket)
+        formula = FORMULAS.get(func._overloadpacket)
         if formula is not None:
             self.operations += formula(*args, **kwargs, out_val=out)
         self._record(out, self._aliased(func, args, kwargs))
@@ -210,7 +211,7 @@ class StorageCounter(TorchDispatchMode):
 def _made_of_others(func: Any) -> bool:
     # outside inference mode autograd has taken these apart before they arrive here
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-    return func._overloadpacket not in _FORMULAS and has_kernel(func.name(), "CompositeImplicitAutograd")
+    return func._overloadpacket not in FORMULAS and has_kernel(func.name(), "CompositeImplicitAutograd")
 
 
 def _storages(tree: Any, fake: FakeTensorMode | None) -> list[torch.UntypedStorage]:
@@ -236,16 +237,6 @@ def _parts(tensor: Tensor, fake: FakeTensorMode | None) -> list[Tensor]:
 
 
 _aten = torch.ops.aten
-# torch's registry leaves out attention on the CPU, whose products are those of the other kernels
-_FORMULAS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[
-        _aten._scaled_dot_product_flash_attention
-    ],
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
-        _aten._scaled_dot_product_flash_attention_backward
-    ],
-}
 _METADATA = {
     _aten.sym_is_contiguous.default,
     _aten.is_contiguous.default,
