@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
 from thalweg.errors import NonFiniteError, UnsupportedError
@@ -196,6 +197,15 @@ def test_autocast_runs_in_the_closure(rule):
     estimate = rule.estimate(closure, list(net.parameters()), Key(0))
     assert estimate.loss.dtype == torch.float32
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in estimate.gradients)
+
+
+@pytest.mark.parametrize("rule", [*RULES, EvolutionStrategies(2, weights="ranks")], ids=repr)
+def test_estimates_run_on_fake_tensors(rule):
+    with FakeTensorMode():
+        net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
+        x = torch.randn(6, 4)
+        found = rule.estimate(lambda: net(x).pow(2).mean(1), list(net.parameters()), Key(0))
+    assert [g.shape for g in found.gradients] == [p.shape for p in net.parameters()]
 
 
 def gpt2():

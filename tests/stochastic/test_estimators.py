@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from thalweg.errors import ArgumentError, UnsupportedError
@@ -260,6 +261,14 @@ def test_enumeration_refuses_what_it_cannot_do_exactly():
 
     with pytest.raises(UnsupportedError, match="depends on their outcomes"):
         backward(closure, branching.parameters(), gradient=Enumeration())
+
+
+@pytest.mark.parametrize("rule", [ScoreFunction("mean"), Enumeration()])
+def test_estimates_run_on_fake_tensors(rule):
+    with FakeTensorMode():
+        net, x = unit_net(), torch.randn(5, 3)
+        found = rule.estimate(lambda: net(x).squeeze(1), list(net.parameters()), Key(0))
+    assert [g.shape for g in found.gradients] == [p.shape for p in net.parameters()]
 
 
 @pytest.mark.parametrize("rule", [ScoreFunction("mean"), Enumeration(limit=3)])
