@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 
-class ArgumentError(ValueError):
+class _Refusal(Exception):
+    def __init__(self, argument: str, got: object, expected: str, mend: str = "") -> None:
+        super().__init__(_message(argument, got, expected, mend))
+        self.argument = argument
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # a refusal must come back whole from a worker process; what was refused need not travel
+        return _again, (type(self), self.args, {"argument": self.argument})
+
+
+class ArgumentError(_Refusal, ValueError):
     """An argument has the right type and a value, shape or dtype that cannot be used.
 
     Args:
@@ -21,17 +33,9 @@ class ArgumentError(ValueError):
         'samples: expected an integer of at least 1, got 0'
     """
 
-    def __init__(self, argument: str, got: object, expected: str, mend: str = "") -> None:
-        super().__init__(_message(argument, got, expected, mend))
-        self.argument = argument
 
-
-class ArgumentTypeError(TypeError):
+class ArgumentTypeError(_Refusal, TypeError):
     """An argument has a type that cannot be used; same fields and message as `ArgumentError`."""
-
-    def __init__(self, argument: str, got: object, expected: str, mend: str = "") -> None:
-        super().__init__(_message(argument, got, expected, mend))
-        self.argument = argument
 
 
 class NonFiniteError(ValueError):
@@ -52,6 +56,17 @@ class MissingExtraError(ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed: pip install 'thalweg[{extra}]'", name=package)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, {"name": self.name})
+
+
+def _again(kind: type[Exception], args: tuple[Any, ...], fields: dict[str, Any]) -> Exception:
+    error = kind.__new__(kind, *args)
+    error.args = args
+    for name, value in fields.items():
+        setattr(error, name, value)
+    return error
 
 
 def _message(argument: str, got: object, expected: str, mend: str) -> str:

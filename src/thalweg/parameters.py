@@ -103,7 +103,8 @@ def fill_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | No
         # a fresh view per parameter: the gradient then enters through the same node that backward uses
         with torch.enable_grad():
             views = [p.view_as(p) for p, _ in pairs]
-        torch.autograd.backward(views, [g.detach().to(p.dtype) for p, g in pairs])
+        # a copy: `.grad` takes over what it is handed, and the next accumulation would write into it
+        torch.autograd.backward(views, [g.detach().to(p.dtype, copy=True) for p, g in pairs])
 
 
 def require_finite_all(what: str, tensors: Sequence[Tensor]) -> None:
