@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thalweg.errors import ArgumentError, ArgumentTypeError, require_integer
+from thalweg.errors import ArgumentError, ArgumentTypeError, require_integer, require_positive
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Classification:
-    """Inputs and labels for training and for testing; the test part chooses nothing, see `validation`.
+    """Inputs and labels for training and for testing; the test part chooses nothing, see `split_train`.
 
     Args:
         train_inputs: float32, (examples, *shape), scaled to [0, 1].
@@ -50,33 +50,44 @@ class Classification:
         if self.train_inputs.shape[1:] != self.test_inputs.shape[1:]:
             raise ArgumentError("test_inputs", self.test_inputs, "the shape of the training inputs")
 
-    def validation(self, examples: int) -> Classification:
-        """The last training examples in place of the test part; choose hyper-parameters on this.
+    def split_train(self, *, fraction: float, seed: int) -> tuple[Classification, Classification]:
+        """Carve a validation part out of the training part; choose hyper-parameters on these two.
 
         Args:
-            examples: how many to hold out, at least 1 and fewer than there are for training.
+            fraction: the share to hold out, above 0 and below 1; at least one example lands on each side.
+            seed: which examples; at least 0.
 
         Returns:
-            A data set whose test part is carved out of this one's training part; this one's test part is
-            not in it.
+            What is left to fit on, and what was held out. Both carry their examples as `train_*` and an
+            empty test part, so that no choice made on them can have seen the test data.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: a fraction or a seed out of range, or a single example.
 
         Example:
-            >>> data = Classification(
-            ...     torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0]), torch.rand(1, 2), torch.tensor([1]), 2, "toy"
-            ... )
-            >>> held_out = data.validation(2)
-            >>> len(held_out.train_labels), len(held_out.test_labels)
-            (3, 2)
+            >>> inputs, labels = torch.rand(5, 2), torch.tensor([0, 1, 0, 1, 0])
+            >>> data = Classification(inputs, labels, inputs[:1], labels[:1], classes=2, name="toy")
+            >>> fit, held_out = data.split_train(fraction=0.4, seed=0)
+            >>> len(fit.train_labels), len(held_out.train_labels), len(fit.test_labels)
+            (3, 2, 0)
         """
-        require_integer("examples", examples, 1)
-        rest = len(self.train_labels) - examples
-        if rest < 1:
-            raise ArgumentError("examples", examples, f"fewer than the {len(self.train_labels)} for training")
+        require_positive("fraction", fraction)
+        require_integer("seed", seed, 0)
+        examples = len(self.train_labels)
+        if fraction >= 1:
+            raise ArgumentError("fraction", fraction, "a share above 0 and below 1")
+        if examples < 2:
+            raise ArgumentError("train_labels", self.train_labels, "at least two examples to split")
+        held = min(max(round(fraction * examples), 1), examples - 1)
+        order = torch.randperm(examples, generator=torch.Generator().manual_seed(seed))
+        return self._only(order[held:], "fit"), self._only(order[:held], "held out")
+
+    def _only(self, chosen: Tensor, part: str) -> Classification:
         return Classification(
-            self.train_inputs[:rest],
-            self.train_labels[:rest],
-            self.train_inputs[rest:],
-            self.train_labels[rest:],
+            self.train_inputs[chosen],
+            self.train_labels[chosen],
+            self.test_inputs[:0],
+            self.test_labels[:0],
             self.classes,
-            f"{self.name} (held out)",
+            f"{self.name} ({part})",
         )
