@@ -80,6 +80,13 @@ def attention(masked: bool) -> Parts:
     return model, lambda: model(x, src_mask=mask).square().mean(), list(model.parameters())
 
 
+def copied_layers() -> Parts:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+    x = torch.randn(4, 24, 32)
+    return model, lambda: model(x).square().mean(), list(model.parameters())
+
+
 def language_model() -> Parts:
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
@@ -180,6 +187,7 @@ STEPS = {
     "residual": residual,
     "attention": lambda: attention(False),
     "masked attention": lambda: attention(True),
+    "copied layers": copied_layers,
     "language model": language_model,
     "image transformer": image_transformer,
     "denoiser": lambda: denoiser(**SMALL_UNET),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,10 +113,10 @@ def price(
     """
     rules = _named(routes)
     key = require_key(key)
-    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    fake = _Fake(allow_non_fake_inputs=True)
     with torch.random.fork_rng():
         if callable(step) and not isinstance(step, tuple):
-            with fake, _explained(), _no_rejection():
+            with fake, _explained(), _building():
                 found = as_step(step)
         else:
             found = as_step(step)
@@ -139,6 +140,16 @@ def _price(step: Step, name: str, rule: Rule, key: Key, fake: FakeTensorMode) ->
     )
 
 
+class _Fake(FakeTensorMode):
+    """A fake mode that survives `copy.deepcopy` of a module, as in `nn.TransformerEncoder`.
+
+    Copied tensors would otherwise bring a copy of the mode with them and be strangers to this one.
+    """
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Fake:
+        return self
+
+
 @contextmanager
 def _kept(step: Step) -> Iterator[None]:
     """Give real parameters their memory back when a route has pointed them at fake memory, and say so."""
@@ -160,8 +171,9 @@ def _kept(step: Step) -> Iterator[None]:
 
 
 @contextmanager
-def _no_rejection() -> Iterator[None]:
-    """Let models build whose initial values are redrawn until they lie in range: a price needs no values."""
+def _building() -> Iterator[None]:
+    """Let models build that read a value while they do."""
+    # redraws values until they lie in range; a price needs no values
     name = "_no_grad_trunc_normal_"
     original = getattr(nn.init, name, None)
     if original is None:
@@ -169,7 +181,10 @@ def _no_rejection() -> Iterator[None]:
         return
     setattr(nn.init, name, lambda tensor, *_args, **_kwargs: tensor)
     try:
-        yield
+        with warnings.catch_warnings():
+            # copying a fake module asks for its address first
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield
     finally:
         setattr(nn.init, name, original)
 
