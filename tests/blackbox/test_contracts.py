@@ -247,7 +247,8 @@ def test_a_transformers_language_model_under_forward_gradient_equals_backprop():
     signs = [gradient.sign() for gradient in found.gradients]
     slope = sum((g * s).sum() for g, s in zip(exact, signs)).abs()
     for gradient in found.gradients:
-        torch.testing.assert_close(gradient.abs(), slope.expand_as(gradient))
+        # transformers computes the loss itself in float32
+        torch.testing.assert_close(gradient.abs(), slope.expand_as(gradient), rtol=1e-5, atol=0)
 
 
 def test_spsa_refuses_swap_outside_of_the_owning_module_by_a_named_non_finite_loss():
