@@ -1,6 +1,7 @@
 """A run: presets, seeds, progress, claims, figures, and cells that resume."""
 
 from thalweg.lab.claim import Claim
+from thalweg.lab.record import read_run, record
 from thalweg.lab.run import Lab
 
-__all__ = ["Claim", "Lab"]
+__all__ = ["Claim", "Lab", "read_run", "record"]

@@ -1,0 +1,1 @@
+"""Recipes that only the tests know, found like the real ones."""

@@ -1,0 +1,1 @@
+"""A die is thrown; no paper says so."""
