@@ -1,18 +1,53 @@
 """Thalweg: choose the path your gradients take, and see what it costs."""
 
+from typing import TYPE_CHECKING, Any
+
+from thalweg import gates
+from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
+from thalweg.ledger import cost, fidelity, price
 from thalweg.noise import Key
 from thalweg.parameters import all_reduce_gradients_
 from thalweg.step import Backprop, Estimate, Learner, Phase, Rule, Step, backward
+from thalweg.stochastic import BinaryNeuron, Enumeration, ScoreFunction, StraightThrough
+
+if TYPE_CHECKING:
+    from thalweg import doctor, problems
+    from thalweg.comparison import compare
 
 __version__ = "0.1.0"
 __all__ = [
+    "SPSA",
     "Backprop",
+    "BinaryNeuron",
+    "Enumeration",
     "Estimate",
+    "EvolutionStrategies",
+    "ForwardGradient",
     "Key",
     "Learner",
     "Phase",
     "Rule",
+    "ScoreFunction",
     "Step",
+    "StraightThrough",
     "all_reduce_gradients_",
     "backward",
+    "compare",
+    "cost",
+    "doctor",
+    "fidelity",
+    "gates",
+    "price",
+    "problems",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # the upper floors are loaded at first use, so that the import stays as quick as torch's
+    from importlib import import_module
+
+    if name in ("doctor", "problems"):
+        return import_module(f"thalweg.{name}")
+    if name == "compare":
+        return import_module("thalweg.comparison").compare
+    raise AttributeError(f"module 'thalweg' has no attribute {name!r}")

@@ -47,6 +47,8 @@ class Row:
         saved_bytes: bytes kept for the backward pass.
         peak_bytes: most bytes alive at one time beyond the parameters and the batch.
         ms_per_step: milliseconds a step takes.
+        squared_bias: unbiased estimate of |E g^ - g|^2 / |g|^2; negative by chance where that is near 0.
+        draws: how many gradients the fidelity was measured on.
         note: why a number is missing, or a warning; empty when there is nothing to say.
     """
 
@@ -67,6 +69,8 @@ class Row:
     saved_bytes: int | None = None
     peak_bytes: int | None = None
     ms_per_step: float | None = None
+    squared_bias: float | None = None
+    draws: int | None = None
     note: str = ""
 
     def cells(self) -> dict[str, str]:

@@ -1,0 +1,287 @@
+"""Handwritten digits, learned by every route from the same weights and the same order of the same data."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
+from thalweg.comparison.classifiers import HardClassifier, SmoothClassifier
+from thalweg.comparison.measure import measure
+from thalweg.comparison.pareto import accuracy_against_cost
+from thalweg.comparison.rows import Comparison, Row
+from thalweg.comparison.training import (
+    NoiseOfEqualNorm,
+    Route,
+    accuracy,
+    choose_learning_rate,
+    initial_network,
+    train,
+)
+from thalweg.data import Classification, digits, mnist
+from thalweg.errors import ArgumentError, require_integer
+from thalweg.lab import Claim, Lab
+from thalweg.step import Backprop, Step
+from thalweg.stochastic import ScoreFunction, StraightThrough
+from thalweg.table import scaled
+
+TITLE = "Handwritten digits by every route"
+BIAS_STANDARD_ERROR = 0.05
+WARM_UP_STEPS = 100
+WARM_UP_RATE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """What `thalweg compare classify` can be told.
+
+    Args:
+        data: "digits", the 8x8 set that scikit-learn bundles, or "mnist", the full set, whose archive
+            `thalweg.data.mnist` says how to get.
+        routes: names of the routes to run; none for all.
+        steps: optimizer steps of each training run.
+        seeds: number of seeds.
+        seed: the first seed.
+        batch: examples a step.
+        device: "cpu" or "cuda".
+    """
+
+    data: Literal["digits", "mnist"] = "digits"
+    routes: tuple[str, ...] = ()
+    steps: int = 1000
+    seeds: int = 3
+    seed: int = 0
+    batch: int = 64
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "seeds", "batch"):
+            require_integer(name, getattr(self, name), 1)
+        require_integer("seed", self.seed, 0)
+        names = [route.name for route in all_routes()]
+        for name in self.routes:
+            if name not in names:
+                raise ArgumentError("routes", name, "names among " + ", ".join(names))
+
+
+def all_routes() -> tuple[Route, ...]:
+    """Every route of this task, each beside the exact gradient of its own network."""
+    smooth: dict[str, Any] = {"network": "smooth", "reference": "backprop", "build": SmoothClassifier}
+    hard: dict[str, Any] = {"network": "hard units", "reference": "expected-loss"}
+
+    def last_layer(inputs: int, classes: int) -> SmoothClassifier:
+        return SmoothClassifier(inputs, classes, trained="last")
+
+    def units(gradient: StraightThrough | str | None) -> Any:
+        return lambda inputs, classes: HardClassifier(inputs, classes, gradient)
+
+    score = {"needs": "losses per example", "build": units(None), "unbiased": True}
+    slope = StraightThrough(slope="sigmoid")
+    return (
+        Route("backprop", needs="backward", rule=Backprop(), unbiased=True, **smooth),
+        Route("forward-gradient", needs="forward AD", rule=ForwardGradient(), unbiased=True, **smooth),
+        Route("spsa", needs="values", rule=SPSA(), unbiased=True, **smooth),
+        Route("spsa-gaussian", needs="values", rule=SPSA(directions="gaussian"), unbiased=True, **smooth),
+        Route(
+            "evolution-strategies",
+            needs="values",
+            rule=EvolutionStrategies(samples=4),
+            unbiased=True,
+            **smooth,
+        ),
+        Route(
+            "last-layer-only",
+            needs="backward",
+            rule=Backprop(),
+            control=True,
+            **smooth | {"build": last_layer},
+        ),
+        Route("noise", needs="-", rule=NoiseOfEqualNorm(), control=True, **smooth),
+        Route(
+            "expected-loss",
+            needs="backward, 2^bits codes",
+            rule=Backprop(),
+            build=units("expected"),
+            unbiased=True,
+            **hard,
+        ),
+        Route("straight-through", needs="backward", rule=Backprop(), build=units(StraightThrough()), **hard),
+        Route("straight-through-sigmoid", needs="backward", rule=Backprop(), build=units(slope), **hard),
+        Route("score-function", rule=ScoreFunction(baseline="none"), **score, **hard),
+        Route("score-function-mean", rule=ScoreFunction(baseline="mean"), **score, **hard),
+        Route("decoder-only", needs="backward", rule=Backprop(), build=units("cut"), control=True, **hard),
+        Route(
+            "noise-hard",
+            needs="-",
+            rule=NoiseOfEqualNorm(),
+            build=units("expected"),
+            control=True,
+            **hard,
+        ),
+    )
+
+
+def run(config: Config, lab: Lab) -> tuple[Comparison, list[Claim]]:
+    """Train and measure every route: the rows with their verdict, the claims, and a figure.
+
+    Each route picks its step size from the same grid on held-out training data; the test data decide nothing.
+    """
+    data = digits() if config.data == "digits" else mnist()
+    routes = [route for route in all_routes() if not config.routes or route.name in config.routes]
+    lab.plan(len(routes) * (2 + config.seeds))
+    rows = tuple(_row(route, data, config, lab) for route in routes)
+    comparison = Comparison(
+        task=f"classify {data.name}",
+        verdict=verdict(rows, routes, data.name, config),
+        rows=rows,
+        settings={
+            "data": data.name,
+            "train_examples": len(data.train_labels),
+            "test_examples": len(data.test_labels),
+            "steps": config.steps,
+            "seeds": list(range(config.seed, config.seed + config.seeds)),
+            "batch": config.batch,
+            "device": config.device,
+        },
+    )
+    lab.table(comparison.verdict, comparison.columns(), [list(_cells(comparison, row)) for row in rows])
+    lab.figure(
+        "accuracy_against_cost",
+        accuracy_against_cost(rows, {route.name for route in routes if route.control}),
+        "What a trained network is worth against what its gradient costs, by route.",
+    )
+    return comparison, claims(rows, routes, chance=1 / data.classes)
+
+
+def _cells(comparison: Comparison, row: Row) -> list[str]:
+    return [row.cells()[name] for name in comparison.columns()]
+
+
+def _row(route: Route, data: Classification, config: Config, lab: Lab) -> Row:
+    def tune() -> dict[str, Any]:
+        rate, scores = choose_learning_rate(
+            route,
+            data,
+            steps=max(1, config.steps // 4),
+            seed=config.seed,
+            batch=config.batch,
+            device=config.device,
+        )
+        return {"learning_rate": rate, "held_out_accuracy": scores}
+
+    rate: float = lab.cell(f"tune {route.name}", tune, seed=config.seed)["learning_rate"]
+
+    def learn(seed: int) -> dict[str, Any]:
+        network = train(
+            route,
+            data,
+            learning_rate=rate,
+            steps=config.steps,
+            seed=seed,
+            batch=config.batch,
+            device=config.device,
+        )
+        return {"accuracy": accuracy(network, data.test_inputs, data.test_labels)}
+
+    seeds = range(config.seed, config.seed + config.seeds)
+    scores = [lab.cell(f"train {route.name}", partial(learn, seed), seed=seed)["accuracy"] for seed in seeds]
+    measured = lab.cell(f"measure {route.name}", lambda: _measure(route, data, config), seed=config.seed)
+    return Row(
+        route=route.name,
+        network=route.network,
+        reference=route.reference,
+        needs=route.needs,
+        accuracy=statistics.fmean(scores),
+        accuracy_sd=statistics.stdev(scores) if len(scores) > 1 else None,
+        **measured,
+    )
+
+
+def _measure(route: Route, data: Classification, config: Config) -> dict[str, Any]:
+    """Cost and fidelity on one batch, at the weights of the reference after a short training."""
+    reference = next(other for other in all_routes() if other.name == route.reference)
+    trained = train(
+        reference,
+        data,
+        learning_rate=WARM_UP_RATE,
+        steps=WARM_UP_STEPS,
+        seed=config.seed,
+        batch=config.batch,
+        device=config.device,
+    )
+    inputs = data.train_inputs[: config.batch].to(config.device)
+    labels = data.train_labels[: config.batch].to(config.device)
+
+    def network_of(one: Route) -> Any:
+        network = initial_network(one, data, config.seed, config.device)
+        network.load_state_dict(trained.state_dict())
+        return network.train()
+
+    twin, network = network_of(reference), network_of(route)
+    exact = torch.autograd.grad(twin.losses(inputs, labels).mean(), twin.judged())
+    step = Step(network, lambda: network.losses(inputs, labels), tuple(network.parameters()))
+    return measure(step, route.rule, exact, judged=network.judged(), standard_error=BIAS_STANDARD_ERROR)
+
+
+def verdict(rows: tuple[Row, ...], routes: list[Route], data: str, config: Config) -> str:
+    """The outcome in one line."""
+    by_name = {row.route: row for row in rows}
+    estimators = {route.name for route in routes if not route.control and route.name != route.reference}
+    parts = []
+    exact = by_name.get("backprop")
+    if exact is not None:
+        parts.append(f"backprop {_percent(exact)} keeping {scaled(exact.saved_bytes, 'B')}")
+    forward = [row for row in rows if row.needs in ("forward AD", "values")]
+    if forward:
+        best = max(forward, key=lambda row: row.accuracy or 0.0)
+        kept = scaled(best.saved_bytes, "B")
+        parts.append(f"best without a backward pass: {best.route} {_percent(best)} keeping {kept}")
+    estimated = [row for row in rows if row.network == "hard units" and row.route in estimators]
+    if estimated:
+        best = max(estimated, key=lambda row: row.accuracy or 0.0)
+        through = f"best through hard units: {best.route} {_percent(best)}"
+        twin = by_name.get("expected-loss")
+        parts.append(through + (f" (exact expectation {_percent(twin)})" if twin else ""))
+    if "last-layer-only" in by_name:
+        parts.append(f"control, last layer alone: {_percent(by_name['last-layer-only'])}")
+    setting = f"{data}, {config.steps} steps, {config.seeds} seed{'s' if config.seeds > 1 else ''}"
+    return f"{setting}: " + "; ".join(parts)
+
+
+def _percent(row: Row) -> str:
+    return "-" if row.accuracy is None else f"{100 * row.accuracy:.1f} %"
+
+
+def claims(rows: tuple[Row, ...], routes: list[Route], chance: float) -> list[Claim]:
+    """What the comparison asserts about its own rows."""
+    kinds = {route.name: route for route in routes}
+    found: list[Claim] = []
+    for row in rows:
+        route, bias, spread = kinds[row.route], row.bias, row.bias_se
+        if route.name == route.reference:
+            exact = row.cosine is not None and abs(row.cosine - 1) < 1e-6 and bias == 0
+            found.append(_claim(f"{row.route}: cosine is 1 and bias is 0", row.cosine, None, exact))
+        elif route.unbiased and bias is not None and spread is not None:
+            small = spread <= BIAS_STANDARD_ERROR
+            statement = f"{row.route}: bias within 5 standard errors, and these at most {BIAS_STANDARD_ERROR}"
+            found.append(_claim(statement, bias, spread, small and abs(bias) <= 5 * spread))
+        elif row.route == "straight-through" and bias is not None and spread is not None:
+            statement = "straight-through: its bias is visible, beyond 5 standard errors"
+            found.append(_claim(statement, bias, spread, abs(bias) > 5 * spread))
+        if isinstance(route.rule, NoiseOfEqualNorm):
+            statement = (
+                f"{row.route}: noise as long as the gradient learns nothing (accuracy below chance + 0.1)"
+            )
+            learned = row.accuracy is not None and row.accuracy < chance + 0.1
+            found.append(_claim(statement, row.accuracy, row.accuracy_sd, learned))
+    return found
+
+
+def _claim(statement: str, measured: float | None, spread: float | None, holds: bool) -> Claim:
+    return Claim(
+        statement=statement, reported=None, measured=measured, spread=spread, holds=holds, asserted=True
+    )

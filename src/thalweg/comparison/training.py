@@ -1,0 +1,144 @@
+"""Train a network by a route: the same data order, steps and initial weights for each."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from thalweg.data import Classification
+from thalweg.errors import NonFiniteError
+from thalweg.noise import Key, normal
+from thalweg.parameters import isolated
+from thalweg.step import Backprop, Closure, Estimate, Rule, backward
+
+LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)
+"""The grid that every route chooses from, by its accuracy on held-out training data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One way to learn a task.
+
+    Args:
+        name: as on the command line and in the table.
+        network: the name of the network, which says which routes may be held against each other.
+        reference: the route whose gradient is this network's exact one.
+        needs: what the route asks of the computation, for the table.
+        build: makes the untrained network from the numbers of inputs and classes.
+        rule: fills `.grad`.
+        unbiased: whether the mean of its gradient must be the exact one.
+        control: whether the row is there to be beaten.
+    """
+
+    name: str
+    network: str
+    reference: str
+    needs: str
+    build: Callable[[int, int], nn.Module]
+    rule: Rule
+    unbiased: bool = False
+    control: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseOfEqualNorm:
+    """A control that must learn nothing: random directions, each as long as the exact gradient."""
+
+    def estimate(self, closure: Closure, parameters: Sequence[Tensor], key: Key) -> Estimate:
+        """The norms of backprop, the direction of noise."""
+        exact = Backprop().estimate(closure, parameters, key)
+        noise: list[Tensor | None] = []
+        for index, gradient in enumerate(exact.gradients):
+            if gradient is None:
+                noise.append(None)
+                continue
+            direction = normal(gradient, key.at(call=index))
+            noise.append(direction * (gradient.norm() / direction.norm()))
+        return Estimate(exact.loss, tuple(noise), exact.evaluations)
+
+
+def initial_network(route: Route, data: Classification, seed: int, device: str) -> nn.Module:
+    """The untrained network of a route: the same weights for all routes of a network and a seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = route.build(data.train_inputs[0].numel(), data.classes)
+    return network.to(device)
+
+
+def train(
+    route: Route,
+    data: Classification,
+    *,
+    learning_rate: float,
+    steps: int,
+    seed: int,
+    batch: int,
+    device: str,
+) -> nn.Module:
+    """Train by Adam with a linearly falling step size; the order of the data depends on the seed alone.
+
+    Raises:
+        NonFiniteError: the loss or a gradient left the finite numbers.
+    """
+    network = initial_network(route, data, seed, device)
+    inputs, labels = data.train_inputs.to(device), data.train_labels.to(device)
+    optimizer = torch.optim.Adam(network.parameters(), lr=learning_rate)
+    order = torch.Generator().manual_seed(seed)
+    network.train()
+    for step in range(steps):
+        chosen = torch.randint(len(inputs), (batch,), generator=order)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate * (1 - step / steps)
+        optimizer.zero_grad()
+        closure = _losses(network, inputs[chosen], labels[chosen])
+        backward(closure, network.parameters(), gradient=route.rule, key=Key(seed, step))
+        optimizer.step()
+    return network
+
+
+def _losses(network: nn.Module, inputs: Tensor, labels: Tensor) -> Closure:
+    losses: Callable[[Tensor, Tensor], Tensor] = network.losses  # type: ignore[assignment]
+    return lambda: losses(inputs, labels)
+
+
+@torch.no_grad()
+def accuracy(network: nn.Module, inputs: Tensor, labels: Tensor) -> float:
+    """Share of right answers in evaluation mode, in [0, 1]; the network is left as it was."""
+    device = next(network.parameters()).device
+    with isolated(network, []):
+        network.eval()
+        right = network(inputs.to(device)).argmax(dim=1) == labels.to(device)
+    return float(right.float().mean())
+
+
+def choose_learning_rate(
+    route: Route, data: Classification, *, steps: int, seed: int, batch: int, device: str
+) -> tuple[float, dict[str, float]]:
+    """The step size of the shared grid with the best accuracy on held-out training data.
+
+    Two seeds vote, so that no step size wins by one lucky start.
+
+    Returns:
+        The step size, and each one's mean held-out accuracy; a diverged run counts 0.
+    """
+    fit, held_out = data.split_train(fraction=0.2, seed=seed)
+
+    def score(rate: float, each: int) -> float:
+        try:
+            network = train(
+                route, fit, learning_rate=rate, steps=steps, seed=each, batch=batch, device=device
+            )
+        except NonFiniteError:
+            return 0.0
+        return accuracy(network, held_out.train_inputs, held_out.train_labels)
+
+    scores = {
+        rate: statistics.fmean(score(rate, each) for each in (seed, seed + 1)) for rate in LEARNING_RATES
+    }
+    # of equally good step sizes the smallest
+    best = max(LEARNING_RATES, key=lambda rate: (scores[rate], -rate))
+    return best, {str(rate): value for rate, value in scores.items()}
