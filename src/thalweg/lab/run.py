@@ -144,6 +144,7 @@ class Lab:
         Args:
             number_of_cells: at least 0.
         """
+        self._require_open()
         require_integer("number_of_cells", number_of_cells, 0)
         self._progress.plan(number_of_cells)
 

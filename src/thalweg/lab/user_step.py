@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,9 @@ def load_step(source: str) -> Step:
     function = getattr(module, name, None)
     if function is None:
         functions = [
-            key for key, value in vars(module).items() if callable(value) and not key.startswith("_")
+            key
+            for key, value in vars(module).items()
+            if inspect.isfunction(value) and value.__module__ == module.__name__
         ]
         has = f"it defines {', '.join(functions)}" if functions else "it defines none"
         raise ArgumentError("source", source, f"a function of {file}; {has}", _FORM)
