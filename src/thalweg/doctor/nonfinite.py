@@ -18,15 +18,17 @@ def finding(patient: Patient, seen: CloseUp, loss_finite: bool, bad: list[str]) 
         loss_finite: whether the loss itself is finite.
         bad: names of the parameters whose gradient is not finite.
     """
-    origin, key = seen.forward, "V4 forward"
-    if loss_finite or origin is None:
-        origin, key = (seen.backward, "V4 backward") if seen.backward else (seen.forward, "V4 forward")
+    if loss_finite and seen.backward is not None:
+        origin, key = seen.backward, "V4 backward"
+    else:
+        # a loss that is not finite was spoilt by the forward: what the backward does after that says nothing
+        origin, key = seen.forward, "V4 forward"
     if origin is None:
         key = "V4 data"
     told = [
         f"{way} first at {_told(each)}"
         for way, each in (("forward", seen.forward), ("backward", seen.backward))
-        if each is not None
+        if each is not None and origin is not None
     ]
     what = "the loss is finite but gradients are not" if loss_finite else "the loss is not finite"
     title = f"{what}: {'; '.join(told) or 'the batch or the weights already hold nan or infinity'}"
