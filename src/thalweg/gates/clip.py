@@ -150,22 +150,30 @@ class _Rule:
             return cotangent.clone()
         # norms of half-precision numbers overflow or round to the wrong side of the limit
         wide = cotangent if cotangent.dtype is torch.float64 else cotangent.float()
-        finite = torch.isfinite(wide)
-        filled = torch.where(finite, wide, 0.0)
-        largest = filled.abs().amax(self.dims, keepdim=True) if self.dims else filled.abs()
-        # limit/norm; the norm is taken of a vector scaled to 1, where squares neither overflow nor vanish
-        ratio = self.limit / largest.clamp(min=torch.finfo(wide.dtype).tiny)
-        if self.euclidean and self.dims:
-            unit = filled / largest.clamp(min=torch.finfo(wide.dtype).tiny)
-            ratio = ratio / torch.linalg.vector_norm(unit, dim=self.dims, keepdim=True).clamp(min=1.0)
+        filled = wide.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        ratio = self.room(filled)
         factor = ratio.clamp(max=1.0) if self.clips else 1 / (1 + 1 / ratio)
+        treated = filled * factor
         if self.counts is not None:
-            groups = torch.full_like(ratio, 1, dtype=torch.int64).sum()
-            self.counts.add_(torch.stack([groups, (ratio < 1).sum(), (~finite).sum()]))
-        if self.zeroes:
-            return (filled * factor).to(cotangent.dtype)
-        whole = finite.all(self.dims, keepdim=True) if self.dims else finite
-        return torch.where(whole, filled * factor, wide).to(cotangent.dtype)
+            groups = torch.ones_like(ratio, dtype=torch.int64).sum()
+            self.counts.add_(torch.stack([groups, (ratio < 1).sum(), (~torch.isfinite(wide)).sum()]))
+        if not self.zeroes:
+            finite = torch.isfinite(wide)
+            whole = finite.all(self.dims, keepdim=True) if self.dims else finite
+            treated = torch.where(whole, treated, wide)
+        return treated.to(cotangent.dtype)
+
+    def room(self, filled: Tensor) -> Tensor:
+        """limit/norm of each group; the norm is that of a vector scaled to 1, whose squares stay in range."""
+        tiny = torch.finfo(filled.dtype).tiny
+        if not self.dims:
+            return self.limit / filled.abs().clamp(min=tiny)
+        largest = filled.abs().amax(self.dims, keepdim=True).clamp(min=tiny)
+        if not self.euclidean:
+            return self.limit / largest
+        unit = torch.linalg.vector_norm(filled / largest, dim=self.dims, keepdim=True)
+        ratio: Tensor = (self.limit / largest) / unit.clamp(min=1.0)
+        return ratio
 
 
 def _refuse() -> None:
