@@ -286,6 +286,9 @@ def _straight_through(x: Tensor) -> Tensor:
 
 SICK: dict[str, Callable[[int], Case]] = {
     "relu, torch's default init": _deep(nn.ReLU, None, "V1"),
+    "relu, its weights alone": _deep(
+        nn.ReLU, lambda weight: nn.init.kaiming_uniform_(weight, a=5**0.5), "V1"
+    ),
     "sigmoid stack": _deep(nn.Sigmoid, _xavier(1.0), "V1"),
     "relu, twice He": _deep(nn.ReLU, _kaiming(2.0), "V2"),
     "tanh, three times Xavier": _deep(nn.Tanh, _xavier(3.0), "V2"),

@@ -18,6 +18,7 @@ def finding(patient: Patient, seen: CloseUp, loss_finite: bool, bad: list[str]) 
         loss_finite: whether the loss itself is finite.
         bad: names of the parameters whose gradient is not finite.
     """
+    origin: Origin | None
     if loss_finite and seen.backward is not None:
         origin, key = seen.backward, "V4 backward"
     else:
