@@ -173,6 +173,19 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_two_runs_in_one_folder_at_once_are_refused(tmp_path: Path) -> None:
+    with lab_in(tmp_path) as lab:
+        lab.cell("a", lambda: 1, seed=0)
+        with pytest.raises(ArgumentError, match="no other run"), lab_in(tmp_path, resume=True):
+            pass
+        assert lab.cell("b", lambda: 2, seed=0) == 2
+    with lab_in(tmp_path, resume=True) as lab:
+        assert lab.cell("b", lambda: 3, seed=0) == 2
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ArgumentError, match="out: expected a folder"), lab_in(tmp_path / "file"):
+        pass
+
+
 @pytest.mark.parametrize(
     ("change", "argument"),
     [

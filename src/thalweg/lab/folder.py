@@ -2,11 +2,45 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from thalweg.errors import ArgumentError
 from thalweg.lab.files import from_json, read_json, write_json
+
+
+def claim_folder(out: Path) -> Callable[[], None]:
+    """Make the folder and keep other processes out of it; a process that dies lets go of it by itself.
+
+    Args:
+        out: the folder of a run.
+
+    Returns:
+        A function that lets go.
+
+    Raises:
+        ArgumentError: it is a file, or another process is running there.
+    """
+    if out.exists() and not out.is_dir():
+        raise ArgumentError("out", str(out), "a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:
+        return lambda: None
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        mend = "Wait for it, or choose another folder with --out."
+        raise ArgumentError("out", str(out), "a folder in which no other run is going on", mend) from None
+    except OSError:
+        # a file system without locks: two runs at once are then the user's own care
+        pass
+    return lambda: os.close(descriptor)
 
 
 def open_folder(out: Path, head: dict[str, Any], *, resume: bool) -> str:
@@ -25,8 +59,6 @@ def open_folder(out: Path, head: dict[str, Any], *, resume: bool) -> str:
         ArgumentError: `out` is a file or holds something that is not a run, or a resume does not fit. Nothing
             was changed.
     """
-    if out.exists() and not out.is_dir():
-        raise ArgumentError("out", str(out), "a folder")
     earlier = read_json(out / "run.json") if (out / "run.json").is_file() else None
     if earlier is None and out.is_dir() and any(out.iterdir()):
         mend = "Choose another folder with --out."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,8 +24,9 @@ from thalweg.lab.arguments import require_device, require_name, require_seeds
 from thalweg.lab.cells import Cell, Page, file_hash, identity, own_randomness, read_cell, write_cell
 from thalweg.lab.claim import Claim
 from thalweg.lab.files import from_json, to_json, write_bytes, write_json
-from thalweg.lab.folder import open_folder
+from thalweg.lab.folder import claim_folder, open_folder
 from thalweg.lab.machine import describe_machine
+from thalweg.lab.outcome import write_outcome
 from thalweg.lab.progress import Progress, Ticker
 
 T = TypeVar("T")
@@ -118,7 +118,12 @@ class Lab:
         self._entered = True
         # a bar that cannot be shown is an error before anything is touched
         self._progress = Progress(self._quiet)
-        note = open_folder(self.out, self._head(), resume=self.resume)
+        self._release = claim_folder(self.out)
+        try:
+            note = open_folder(self.out, self._head(), resume=self.resume)
+        except BaseException:
+            self._release()
+            raise
         self._started = time.time()
         self._old_threads = torch.get_num_threads()
         if self._threads is not None:
@@ -135,8 +140,11 @@ class Lab:
         self._progress.__exit__(kind, error, trace)
         if self._threads is not None:
             torch.set_num_threads(self._old_threads)
-        if error is None:
-            self._write()
+        try:
+            if error is None:
+                self._write()
+        finally:
+            self._release()
 
     def plan(self, number_of_cells: int) -> None:
         """Say how many cells the run will have, for the bar and the time left.
@@ -334,52 +342,19 @@ class Lab:
         }
 
     def _write(self) -> None:
-        claims = {
-            "name": self.name,
-            "kind": self.kind,
-            "preset": self.preset,
-            "seeds": list(self.seeds),
-            "passed": not any(claim.failed for claim in self._claims),
-            "claims": [claim.to_dict() for claim in self._claims],
-        }
-        # metrics first, run.json last: a run that calls itself finished has all its files
-        lines = [_line(row) for row in self._run.metrics]
-        write_bytes(self.out / "metrics.jsonl", "".join(lines).encode())
-        write_json(self.out / "claims.json", claims)
-        record = {
-            **self._head(),
-            "status": "finished",
-            "passed": claims["passed"],
-            "claims": claims["claims"],
-            "tables": self._run.tables,
-            "figures": [_without(entry, "sha256") for entry in self._run.figures],
-            "weights": self._run.weights,
-            "documents": [f"{name}.json" for name in self._documents],
-            "cells": [{"cell": cell.name, "seed": cell.seed} for cell in self._cells],
-            "machine": self._machine,
-            "timing": self._timing(),
-        }
-        write_json(self.out / "run.json", record)
+        write_outcome(
+            self.out,
+            self._head(),
+            claims=self._claims,
+            page=self._run,
+            cells=self._cells,
+            documents=self._documents,
+            machine=self._machine,
+            started=self._started,
+        )
         if self._loaded:
             self._note(f"{self._loaded} of {len(self._cells)} cells came from the earlier run.")
-
-    def _timing(self) -> dict[str, Any]:
-        return {
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._started)),
-            "seconds": round(time.time() - self._started, 3),
-            "cells": [
-                {"cell": cell.name, "seed": cell.seed, "seconds": cell.seconds} for cell in self._cells
-            ],
-        }
 
     def _note(self, text: str) -> None:
         if not self._quiet:
             print(text, file=sys.stderr)
-
-
-def _line(row: dict[str, Any]) -> str:
-    return json.dumps(to_json(row, "metrics"), ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _without(entry: dict[str, Any], key: str) -> dict[str, Any]:
-    return {name: value for name, value in entry.items() if name != key}

@@ -37,13 +37,18 @@ class Recorded:
     metrics: tuple[dict[str, Any], ...]
 
     @property
+    def asserted(self) -> tuple[Claim, ...]:
+        """The claims that the run asserts."""
+        return tuple(claim for claim in self.claims if claim.asserted)
+
+    @property
     def status(self) -> str:
         """One word or three: "holds", "does not hold", "recorded" without asserted claims, "not finished"."""
         if self.record.get("status") != "finished":
             return "not finished"
-        if not any(claim.asserted for claim in self.claims):
+        if not self.asserted:
             return "recorded"
-        return "does not hold" if any(claim.failed for claim in self.claims) else "holds"
+        return "does not hold" if any(claim.failed for claim in self.asserted) else "holds"
 
 
 def write_site(runs: Path | str, out: Path | str, *, results: Path | str = "results") -> Path:
@@ -66,10 +71,13 @@ def write_site(runs: Path | str, out: Path | str, *, results: Path | str = "resu
         raise ArgumentError("out", str(out), "a folder for the site")
     environment = _environment()
     recorded = [*_runs(Path(runs)), *_results(Path(results))]
-    # a committed result stands for its paper; without one, a finished run of the recipe
-    outcomes = {each.record["name"]: each.record for each in recorded if each.status != "not finished"}
+    # a committed result comes last and stands for its paper; a smoke run decides nothing
+    decided = [
+        each for each in recorded if each.status != "not finished" and each.record["preset"] != "smoke"
+    ]
+    outcomes = {each.record["name"]: each.record for each in decided}
     standings = board(outcomes)
-    pages = {each.record["name"]: each.slug for each in recorded}
+    pages = {each.record["name"]: each.slug for each in decided}
     index = environment.get_template("index.html").render(
         standings=standings, counts=counted(standings), recorded=recorded, pages=pages, root=""
     )
