@@ -309,6 +309,17 @@ def test_closures_that_use_function_transforms_are_counted() -> None:
         assert sum(found.by_module.values()) == found.saved_bytes
 
 
+def test_a_compiled_model_is_counted_as_the_code_it_was_made_from(recwarn: pytest.WarningsRecorder) -> None:
+    model, x = tanh_stack()
+    compiled = torch.compile(model, backend="aot_eager")
+    parameters = list(model.parameters())
+    plain = cost((model, lambda: model(x).exp().sum(), parameters), repeats=0)
+    found = cost((compiled, lambda: compiled(x).exp().sum(), parameters), repeats=1)
+    assert (found.saved_bytes, found.peak_bytes) == (plain.saved_bytes, plain.peak_bytes)
+    assert (found.operations, found.by_module) == (plain.operations, plain.by_module)
+    assert not [w for w in recwarn if "global hooks" in str(w.message)]
+
+
 def test_sparse_gradients_and_half_precision() -> None:
     table = nn.Embedding(1000, 4, sparse=True)
     index = torch.arange(3)
@@ -372,6 +383,16 @@ def test_a_cost_prints_itself_with_the_largest_modules() -> None:
     text = str(found)
     for line in ("kept for backward", "18.4 kB", "kept by 0.1", "kept by 1 others"):
         assert line in text
+
+
+@pytest.mark.gpu
+def test_on_cuda_the_allocator_is_read_too() -> None:
+    model = tanh_stack()[0].cuda()
+    x = torch.randn(512, 32, device="cuda")
+    found = cost((model, lambda: model(x).square().mean(), model.parameters()), repeats=1)
+    assert found.allocator_peak_bytes is not None
+    # the allocator rounds each block up to 512 bytes and sees the workspaces of kernels
+    assert found.allocator_peak_bytes >= found.peak_bytes
 
 
 def test_as_step_takes_the_three_forms_and_refuses_the_rest() -> None:

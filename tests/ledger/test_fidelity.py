@@ -59,6 +59,34 @@ def test_backprop_against_itself_is_exact_after_two_draws() -> None:
     assert found.norm_ratio_by_layer == {"0": 1.0, "2": 1.0}
 
 
+@dataclass(frozen=True)
+class Twice:
+    """Twice the gradient; reads of its key what `read` says."""
+
+    read: Callable[[Key], object] = lambda key: None
+
+    def estimate(self, closure: Callable[[], Tensor], parameters: Sequence[Tensor], key: Key) -> Estimate:
+        self.read(key)
+        found = Backprop().estimate(closure, parameters, key)
+        return Estimate(found.loss, tuple(2 * g for g in found.gradients if g is not None), 1)
+
+
+def test_a_rule_that_reads_no_randomness_is_done_after_two_draws() -> None:
+    assert fidelity(network(), gradient=Twice()).draws == 2
+    # equal draws by chance are no proof for a rule that could have drawn otherwise
+    reads: list[Callable[[Key], object]] = [
+        lambda key: key.seed,
+        lambda key: key.bits(),
+        lambda key: key.at(call=1),
+        lambda key: normal(torch.empty(1), key),
+        lambda key: torch.rand(1),
+    ]
+    for read in reads:
+        found = fidelity(network(), gradient=Twice(read))
+        assert (found.draws, found.bias_se) == (32, 0.0)
+        assert found.bias == pytest.approx(1.0)
+
+
 def test_scaling_is_bias_along_the_gradient() -> None:
     found = fidelity(network(), gradient=Noisy(scale=0.75), samples=2)
     assert found.cosine == pytest.approx(1.0, abs=1e-6)

@@ -240,6 +240,35 @@ def test_swapping_the_weights_of_a_model_that_exists_is_refused_and_undone() -> 
     assert all(p.grad is not None for p in step.parameters)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_model_may_be_converted_while_it_is_built(dtype: torch.dtype) -> None:
+    def converted() -> Parts:
+        model = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.BatchNorm1d(8), "c": nn.Linear(8, 8)})
+        model["c"].weight = model["a"].weight
+        model = model.to("cpu").to(dtype)
+        x = torch.randn(4, 8, dtype=dtype)
+        return model, lambda: model["c"](model["b"](model["a"](x))).exp().sum(), list(model.parameters())
+
+    real, told = cost(converted, repeats=1), price(converted)[0]
+    assert (told.saved_bytes, told.operations) == (real.saved_bytes, real.operations)
+    size = torch.finfo(dtype).bits // 8
+    assert told.parameter_bytes == (8 * 8 + 8 + 2 * 8 + 8) * size  # the tied weight once
+
+
+def test_an_existing_model_stays_real_when_the_function_converts_it() -> None:
+    model, closure, parameters = residual()
+    before = [p.detach().clone() for p in parameters]
+
+    def step() -> Parts:
+        model.to(torch.device("cpu"))
+        return model, closure, list(model.parameters())
+
+    price(step)
+    assert all(
+        a is b and torch.equal(a, value) for a, b, value in zip(model.parameters(), parameters, before)
+    )
+
+
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="the fused LSTM is oneDNN's")
 def test_the_known_gap_is_named() -> None:
     def recurrent() -> Parts:

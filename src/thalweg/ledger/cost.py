@@ -80,7 +80,8 @@ def cost(
 ) -> Cost:
     """Measure what one gradient of a step costs; when the step is too large to run, see `price`.
 
-    Parameters, buffers, `.grad`, training flags and random states are afterwards bit for bit as before.
+    Parameters, buffers, `.grad`, training flags and random states are afterwards bit for bit as before. A
+    compiled model is timed as compiled and counted as the code that it was made from.
 
     Args:
         step: (model, closure, parameters), or a function of no arguments that returns it. The closure returns

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from thalweg.ledger.gradients import gradients_of
+from thalweg.ledger.storages import written_name
 from thalweg.noise import Key
 from thalweg.parameters import require_finite_all
 from thalweg.step import Rule, Step
@@ -26,7 +29,8 @@ class Source:
         self.step = step
         self.rule = rule
         self.key = key
-        self.random = False  # whether the closure took numbers from torch's default generators
+        self.random = False  # whether a draw took numbers from torch's default generators
+        self.keyed = False  # whether the rule read its key
         self.phased = False  # whether it is a learner
         self._device = step.parameters[0].device
 
@@ -37,12 +41,15 @@ class Source:
         before = self._random_state()
         for parameter in (*self.step.parameters, *self.step.model.parameters()):
             parameter.grad = None
-        found = gradients_of(self.step, self.rule, key)
+        found = gradients_of(self.step, self.rule, _NoticedKey(key, self._notice))
         self.phased = found.phased
         if not all(torch.equal(a, b) for a, b in zip(before, self._random_state())):
             self.random = True
         require_finite_all("the gradient", [g for g in found.gradients if g is not None])
         return self.flat(found.gradients)
+
+    def _notice(self) -> None:
+        self.keyed = True
 
     def flat(self, gradients: tuple[Tensor | None, ...]) -> Tensor:
         """One float64 vector on the device of the first parameter."""
@@ -67,7 +74,8 @@ class Source:
         return torch.repeat_interleave(torch.tensor(numbers), torch.tensor(sizes)).to(self._device)
 
     def _owners(self) -> list[str]:
-        names = {id(p): name.rpartition(".")[0] for name, p in self.step.model.named_parameters()}
+        named = self.step.model.named_parameters()
+        names = {id(p): written_name(name.rpartition(".")[0]) for name, p in named}
         return [names.get(id(p), f"parameters[{i}]") for i, p in enumerate(self.step.parameters)]
 
     def _seed(self, key: Key) -> None:
@@ -84,6 +92,23 @@ class Source:
         if self._device.type == "cuda":
             states.append(torch.cuda.get_rng_state(self._device))
         return states
+
+
+class _NoticedKey(Key):
+    """A key that says when it is read: a rule that never does has no randomness of its own."""
+
+    def __init__(self, key: Key, notice: Callable[[], None]) -> None:
+        super().__init__(key.seed, key.step, key.call, key.device)
+        object.__setattr__(self, "_plain", key)
+        object.__setattr__(self, "_notice", notice)
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in ("seed", "step", "call", "at", "bits"):
+            own = object.__getattribute__(self, "__dict__")
+            if "_notice" in own:
+                own["_notice"]()
+                return getattr(own["_plain"], name)
+        return object.__getattribute__(self, name)
 
 
 class Moments:

@@ -14,7 +14,7 @@ from thalweg.ledger.cost import require_key, require_rule
 from thalweg.ledger.draws import Moments, Source
 from thalweg.noise import Key
 from thalweg.parameters import isolated, require_finite_all
-from thalweg.step import Backprop, Rule, Step, as_step
+from thalweg.step import Rule, Step, as_step
 from thalweg.table import align, short
 
 # below this many draws a standard error is itself too uncertain to stop on
@@ -85,9 +85,9 @@ def fidelity(
     """Hold a route's gradient against the exact one.
 
     Every draw has a key of its own, and what the closure draws from torch's default generators differs from
-    draw to draw too. Drawing goes on until the standard error of the bias is small enough; a deterministic
-    route is done after two equal draws. Sums are kept in float64. Parameters, buffers, `.grad`, training
-    flags and random states are afterwards bit for bit as before.
+    draw to draw too. Drawing goes on until the standard error of the bias is small enough; a route that
+    reads neither its key nor those generators is done after two draws. Sums are kept in float64. Parameters,
+    buffers, `.grad`, training flags and random states are afterwards bit for bit as before.
 
     Args:
         step: (model, closure, parameters), or a function of no arguments that returns it. A learner's
@@ -127,13 +127,11 @@ def fidelity(
         source = Source(found, rule, key)
         exact, pair = _exact(source, reference)
         target = samples if samples is not None else limit
-        least = min(target, 2 if isinstance(rule, Backprop) else _LEAST)
         moments = Moments(exact, source.layers())
         while moments.draws < target:
             drawn = source.draw(moments.draws)
             moments.add(drawn, pair(moments.draws) if pair is not None else None)
-            if source.random:
-                least = min(target, _LEAST)
+            least = _LEAST if source.random or source.keyed else 2
             if samples is None and moments.draws >= least and moments.bias_se() <= standard_error:
                 break
     return _summary(moments, source, converged=moments.bias_se() <= standard_error, paired=pair is not None)

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-    UnsupportedOperatorException,
-)
 
-from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from thalweg.errors import ArgumentError, ArgumentTypeError
 from thalweg.ledger.cost import count, require_key, require_rule
+from thalweg.ledger.fake import FakeMode, building, explained, kept
 from thalweg.noise import Key
 from thalweg.parameters import isolated
 from thalweg.step import Rule, Step, as_step
@@ -113,18 +104,18 @@ def price(
     """
     rules = _named(routes)
     key = require_key(key)
-    fake = _Fake(allow_non_fake_inputs=True)
+    fake = FakeMode(allow_non_fake_inputs=True)
     with torch.random.fork_rng():
         if callable(step) and not isinstance(step, tuple):
-            with fake, _explained(), _building():
+            with fake, explained(), building():
                 found = as_step(step)
         else:
             found = as_step(step)
         return Prices(_price(found, name, rule, key, fake) for name, rule in rules.items())
 
 
-def _price(step: Step, name: str, rule: Rule, key: Key, fake: FakeTensorMode) -> Price:
-    with isolated(step.model, step.parameters), _kept(step), fake, _explained():
+def _price(step: Step, name: str, rule: Rule, key: Key, fake: FakeMode) -> Price:
+    with isolated(step.model, step.parameters), kept(step), fake, explained():
         counter, evaluations = count(step, rule, key, fake)
     return Price(
         route=name,
@@ -138,71 +129,6 @@ def _price(step: Step, name: str, rule: Rule, key: Key, fake: FakeTensorMode) ->
             sorted(name for operator, name in _ESTIMATED.items() if operator in counter.operators)
         ),
     )
-
-
-class _Fake(FakeTensorMode):
-    """A fake mode that survives `copy.deepcopy` of a module, as in `nn.TransformerEncoder`.
-
-    Copied tensors would otherwise bring a copy of the mode with them and be strangers to this one.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Fake:
-        return self
-
-
-@contextmanager
-def _kept(step: Step) -> Iterator[None]:
-    """Give real parameters their memory back when a route has pointed them at fake memory, and say so."""
-    leaves = {id(p): p for p in (*step.model.parameters(), *step.parameters)}
-    memory = [(p, p.data) for p in leaves.values() if not isinstance(p, FakeTensor)]
-    moved = False
-    try:
-        yield
-    finally:
-        for parameter, data in memory:
-            if parameter.is_meta != data.is_meta:
-                parameter.data = data
-                moved = True
-        if moved:
-            raise UnsupportedError(
-                "price: the route swaps the weights of an existing model, which fake tensors cannot follow. "
-                "Give price a function that builds the model"
-            )
-
-
-@contextmanager
-def _building() -> Iterator[None]:
-    """Let models build that read a value while they do."""
-    # redraws values until they lie in range; a price needs no values
-    name = "_no_grad_trunc_normal_"
-    original = getattr(nn.init, name, None)
-    if original is None:
-        yield
-        return
-    setattr(nn.init, name, lambda tensor, *_args, **_kwargs: tensor)
-    try:
-        with warnings.catch_warnings():
-            # copying a fake module asks for its address first
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            yield
-    finally:
-        setattr(nn.init, name, original)
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise UnsupportedError(
-            f"price: the step reads the value of a tensor ({error}), which fake tensors do not have. "
-            "Leave .item(), print(loss) and data-dependent shapes out of the step, or use thalweg.ledger.cost"
-        ) from error
-    except UnsupportedOperatorException as error:
-        raise UnsupportedError(
-            f"price: {error} has no rule for fake tensors. Give it one with torch.library.register_fake, or "
-            "use thalweg.ledger.cost"
-        ) from error
 
 
 _aten = torch.ops.aten

@@ -7,6 +7,7 @@ back within one operator stays invisible.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -61,7 +62,9 @@ class StorageCounter(TorchDispatchMode):
         self._attribute = attribute
         self._storages: dict[int, _Storage] = {}
         self._model = model
-        self._names = {id(m): name for name, m in model.named_modules()} if model is not None else {}
+        named = model.named_modules() if model is not None else ()
+        # a compiled module runs here as the code that it was made from, under that code's names
+        self._names = {id(m): written_name(name) for name, m in named}
         self._path: list[str] = []
         self._forward = False
         self._backward_closes = False
@@ -72,7 +75,12 @@ class StorageCounter(TorchDispatchMode):
         before = nn.modules.module.register_module_forward_pre_hook(self._enter_module)
         after = nn.modules.module.register_module_forward_hook(self._leave_module, always_call=True)
         try:
-            with self:
+            # around everything, so that a rule which looks for hooks within the forward finds none of ours
+            with warnings.catch_warnings(), self._watch_savers(), self:
+                # the extra call for the wrapper of a compiled module does no harm here
+                warnings.filterwarnings(
+                    "ignore", r"Using `torch.compile\(module\)` when there are global hooks"
+                )
                 yield
         finally:
             before.remove()
@@ -83,8 +91,7 @@ class StorageCounter(TorchDispatchMode):
         """Mark a body as a forward: what it makes and leaves alive is kept for backward."""
         outer, self._forward = self._forward, True
         try:
-            with self._watch_savers():
-                yield
+            yield
         finally:
             self._forward = outer
 
@@ -190,7 +197,7 @@ class StorageCounter(TorchDispatchMode):
 
     def _watch_savers(self) -> AbstractContextManager[Any]:
         def pack(tensor: Tensor) -> Tensor:
-            for storage in _storages(tensor, self._fake):
+            for storage in _storages(tensor, self._fake) if self._forward else []:
                 entry = self._storages.get(storage._cdata)
                 if entry is not None and entry.forward and not entry.saved:
                     entry.saved = True
@@ -206,6 +213,16 @@ class StorageCounter(TorchDispatchMode):
 
     def _leave_module(self, _module: nn.Module, _inputs: object, _output: object) -> None:
         self._path.pop()
+
+
+def written_name(path: str) -> str:
+    """The path of a module or parameter as its author wrote it, without the wrappers of `torch.compile`.
+
+    Example:
+        >>> written_name("encoder._orig_mod.0")
+        'encoder.0'
+    """
+    return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def _made_of_others(func: Any) -> bool:
