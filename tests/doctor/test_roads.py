@@ -36,7 +36,7 @@ def test_the_walk_finds_exactly_the_cut_half():
         (lambda x: torch.as_tensor(x.tolist()), "D2", "black box"),
         (lambda x: x.long().float(), "D1", "long"),
         (lambda x: torch.distributions.Normal(x, 1.0).sample(), "D1", "sampling"),
-        (lambda x: torch.bernoulli(torch.sigmoid(x)), "", ""),
+        (lambda x: torch.bernoulli(torch.sigmoid(x)), "D1", "bernoulli"),
         (lambda x: torch.distributions.Normal(x, 1.0).rsample(), "", ""),
         (lambda x: x * (x > 0), "", ""),
     ],
@@ -45,7 +45,7 @@ def test_operations_by_name(function, code, word):
     report = _step(function)
     serious = [f for f in report.findings if f.severity >= 2]
     if not code:
-        assert all(f.code == "D1" and "bernoulli" in f.title for f in serious)
+        assert serious == []
         return
     assert [(f.code, f.where) for f in serious] == [(code, "middle")]
     assert word in serious[0].title
@@ -98,11 +98,20 @@ def test_a_head_that_is_only_watched_is_unused_and_not_cut():
         return model["main"](features).square().mean()
 
     report = examine(model, loss)
-    assert [(f.code, f.where, f.severity) for f in report.findings if f.code != "D1"] in (
-        [("H3", "spare", 1)],
-        [],
-    )
     assert report["H.unreached"] == ["spare.weight", "spare.bias"]
+    # through tolist the values may have come back unseen, so this stays a guess; without it, they did not
+    assert [(f.code, f.severity, f.confidence) for f in report.findings] == [("D1", 2, 0.5)]
+
+
+def test_a_head_whose_output_is_dropped_is_unused():
+    model = nn.ModuleDict({"main": nn.Linear(4, 1), "spare": nn.Linear(4, 3)})
+    x = torch.randn(5, 4)
+
+    def loss():
+        model["spare"](x).argmax(1)
+        return model["main"](x).square().mean()
+
+    assert [(f.code, f.where, f.severity) for f in examine(model, loss).findings] == [("H3", "spare", 1)]
 
 
 def test_a_module_that_never_ran():

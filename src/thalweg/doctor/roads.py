@@ -25,12 +25,14 @@ class Roads:
         blamed: the cuts to blame, with the parameters each took away.
         unused: unreached parameters with no cut between them and the loss.
         deliberate: cuts the loss depends on that took no parameter away, such as a stopped target.
+        guessed: the `id` of blamed cuts whose values left torch: that the loss depends on them is not known.
     """
 
     unreached: tuple[Tensor, ...]
     blamed: tuple[tuple[Cut, tuple[Tensor, ...]], ...]
     unused: tuple[Tensor, ...]
     deliberate: tuple[Cut, ...]
+    guessed: frozenset[int]
 
 
 def walk(patient: Patient, recording: Recording, terms: Iterable[Tensor], order: list[Node]) -> Roads:
@@ -49,14 +51,16 @@ def walk(patient: Patient, recording: Recording, terms: Iterable[Tensor], order:
     tainted = recording.taint(terms)
     on_the_way = [cut for index, cut in enumerate(recording.cuts) if tainted >> index & 1]
     blamed, left = _blame(on_the_way, unreached) if unreached else ([], {})
+    guessed: frozenset[int] = frozenset()
     if left:
         # what left torch through numpy or a Python number can no longer be followed to the loss
         escaped = [cut for cut in recording.cuts if cut.escaped and cut not in on_the_way]
         more, left = _blame(escaped, tuple(left.values()))
         blamed += more
+        guessed = frozenset(id(cut) for cut, _ in more)
     known = {id(cut) for cut, _ in blamed}
     deliberate = tuple(cut for cut in on_the_way if id(cut) not in known)
-    return Roads(unreached, tuple(blamed), tuple(left.values()), deliberate)
+    return Roads(unreached, tuple(blamed), tuple(left.values()), deliberate, guessed)
 
 
 def _blame(
@@ -83,8 +87,7 @@ def findings(patient: Patient, recording: Recording, roads: Roads) -> list[Findi
     if len(silenced) > len(sampled):
         # one region without gradient silences many operations: one finding, at the module that holds them
         groups.append([pair for pair in silenced if not _is_sample(pair[0])])
-    everything = len(roads.unreached) == len(patient.parameters)
-    out = [_cut_finding(patient, recording, group, everything) for group in groups]
+    out = [_cut_finding(patient, recording, roads, group) for group in groups]
     return out + _unused(patient, recording, roads.unused)
 
 
@@ -93,9 +96,10 @@ def _is_sample(cut: Cut) -> bool:
 
 
 def _cut_finding(
-    patient: Patient, recording: Recording, group: list[tuple[Cut, tuple[Tensor, ...]]], everything: bool
+    patient: Patient, recording: Recording, roads: Roads, group: list[tuple[Cut, tuple[Tensor, ...]]]
 ) -> Finding:
     first = group[0][0]
+    everything = len(roads.unreached) == len(patient.parameters)
     taken = {id(p): p for _, parameters in group for p in parameters}
     where = common_path([cut.origin.path for cut, _ in group])
     code, key, what = _diagnosis(first)
@@ -112,7 +116,10 @@ def _cut_finding(
     sign = Evidence("learned parameters behind the cut", float(len(taken)), 0.0, EXACT)
     mend = remedy(key)
     confidence = 0.7 if first.kind in ("number", "black box") else 1.0
-    return Finding(code, 3, where, title, sign, mend.use, mend.cost, confidence)
+    # a head that is only logged looks the same, unless nothing at all is reached
+    severity = 2 if id(first) in roads.guessed and not everything else 3
+    confidence = 0.5 if severity == 2 else confidence
+    return Finding(code, severity, where, title, sign, mend.use, mend.cost, confidence)
 
 
 def _diagnosis(cut: Cut) -> tuple[str, str, str]:
