@@ -1,6 +1,8 @@
 """The exact checks of pixel-wise gradient clipping, and what `clip` refuses."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -274,6 +276,21 @@ def test_a_scale_given_as_a_tensor_does_not_recompile() -> None:
         torch.testing.assert_close(x.grad, treated(weight, 0.5 * value))
     assert seen.frame_count == 1
     torch._dynamo.reset()
+
+
+def test_a_fresh_process_loads_the_compiler_only_to_compile() -> None:
+    program = """if True:
+        import sys, torch
+        from thalweg.gates import clip
+        x = torch.zeros(1, 3, requires_grad=True)
+        clip(x, 1.0, dim=-1).backward(torch.full((1, 3), 5.0))
+        assert x.grad.tolist() == [[1.0, 1.0, 1.0]], x.grad
+        assert "torch._dynamo" not in sys.modules
+        loss = torch.func.grad(lambda y: (5 * clip(y, 1.0, dim=-1)).sum())
+        print(torch.compile(loss, fullgraph=True, backend="aot_eager")(torch.zeros(1, 3)).tolist())
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[[1.0, 1.0, 1.0]]", done.stderr
 
 
 def test_second_derivative_in_compiled_code_is_refused() -> None:

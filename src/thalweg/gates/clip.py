@@ -122,14 +122,13 @@ def clip(
     counts = _counts(statistics, x)
     bound = _scaled(limit, scale, x)
     dims = _dimensions(x, per, dim)
-    out: Tensor = _gated(x, bound, dims, norm == "l2", mode == "clip", nonfinite == "zero", counts)
-    return out
+    if torch.compiler.is_compiling():
+        import thalweg.gates.traced  # noqa: F401  (for its effect on the compiler)
+    return gated(x, bound, dims, norm == "l2", mode == "clip", nonfinite == "zero", counts)
 
 
-@torch.compiler.allow_in_graph  # type: ignore[untyped-decorator]
-def _gated(x: Tensor, *fields: Any) -> Tensor:
-    # dynamo rejects a custom Function with a jvp and, inside torch.func.grad, ignores its backward; as a node
-    # of its graph, the Function is traced one level down, where autograd and functorch are both at work
+def gated(x: Tensor, *fields: Any) -> Tensor:
+    """The gate behind checked arguments; of plain values, so that it can be a node of a compiled graph."""
     out: Tensor = _Gate.apply(x, _Rule(*fields))  # type: ignore[no-untyped-call]
     return out
 
