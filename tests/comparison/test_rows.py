@@ -5,10 +5,25 @@ from dataclasses import fields
 
 from thalweg.comparison.rows import Comparison, Row
 
-REQUIRED = (
-    "route network reference accuracy accuracy_sd cosine cosine_by_layer norm_ratio bias bias_se variance needs "
-    "evaluations operations saved_bytes peak_bytes ms_per_step"
-).split()
+REQUIRED = [
+    "route",
+    "network",
+    "reference",
+    "accuracy",
+    "accuracy_sd",
+    "cosine",
+    "cosine_by_layer",
+    "norm_ratio",
+    "bias",
+    "bias_se",
+    "variance",
+    "needs",
+    "evaluations",
+    "operations",
+    "saved_bytes",
+    "peak_bytes",
+    "ms_per_step",
+]
 
 
 def table() -> Comparison:

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
 from thalweg.comparison.measure import measure
 from thalweg.comparison.rows import Comparison, Row
 from thalweg.errors import ArgumentError, ArgumentTypeError, NonFiniteError, UnsupportedError
 from thalweg.noise import Key
+from thalweg.parameters import isolated
 from thalweg.step import Backprop, Rule, Step, as_step
-from thalweg.stochastic import BinaryNeuron, ScoreFunction
+from thalweg.stochastic import BinaryNeuron, Enumeration, ScoreFunction
 from thalweg.table import scaled
 
 StepSource = Step | tuple[Any, Any, Any] | Callable[[], Any]
@@ -25,7 +29,7 @@ def default_routes(step: Step) -> dict[str, Rule]:
         "spsa": SPSA(),
         "evolution-strategies": EvolutionStrategies(samples=8),
     }
-    if any(isinstance(module, BinaryNeuron) and module.gradient is None for module in step.model.modules()):
+    if _has_waiting_units(step):
         # a unit that leaves its gradient to the step has no other route
         return {
             "score-function": ScoreFunction(baseline="none"),
@@ -54,7 +58,8 @@ def compare(
             None for all rules that suit the step.
         step: `(model, closure, parameters)`, or a function returning that. The closure returns a scalar,
             losses per example of shape (batch,), or a mapping of losses, whose sum is meant.
-        reference: the rule whose gradient the others are held against; backprop by default.
+        reference: the rule whose gradient the others are held against; by default backprop, or the
+            enumeration of all outcomes where units wait for a rule.
         standard_error: draw from each route until its bias is known this well ...
         limit: ... but at most this often.
         seed: names the random draws.
@@ -79,40 +84,48 @@ def compare(
     chosen: Mapping[str, Any] = default_routes(own) if routes is None else routes
     if not isinstance(chosen, Mapping) or not chosen:
         raise ArgumentTypeError("routes", routes, "a mapping such as {'spsa': thalweg.SPSA()}, not empty")
-    sources: dict[str, tuple[Step, Rule | None]] = {}
-    for name, route in chosen.items():
-        if isinstance(route, type):
-            raise ArgumentTypeError(
-                f"routes[{name!r}]", route, "a rule or a step", f"Make one: {route.__name__}()."
-            )
-        sources[name] = (own, route) if isinstance(route, Rule) else (as_step(route), None)
+    truth: Rule = reference or (Enumeration() if _has_waiting_units(own) else Backprop())
+    sources = {name: _source(name, route, own) for name, route in chosen.items()}
     rows = []
     for name, (source, rule) in sources.items():
         needs = getattr(rule, "needs", None)
         try:
-            measured = measure(
-                source,
-                rule,
-                reference,
-                standard_error=standard_error,
-                limit=limit,
-                key=Key(seed),
-            )
-            row = Row(
-                route=name,
-                network="yours",
-                reference=type(reference or Backprop()).__name__,
-                needs=needs,
-                **measured,
-            )
+            # a step of its own may compute its loss in another way: hold it against this step's gradient
+            exact = truth if source is own else _exact_gradient(own, truth, Key(seed))
+            measured = measure(source, rule, exact, standard_error=standard_error, limit=limit, key=Key(seed))
+            row = Row(name, "yours", type(truth).__name__, needs=needs, **measured)
         except (UnsupportedError, ArgumentError, ArgumentTypeError, NonFiniteError) as refusal:
-            row = Row(route=name, network="yours", needs=needs, note=f"refused: {refusal}")
+            row = Row(name, "yours", needs=needs, note=f"refused: {refusal}")
         rows.append(row)
         if on_row is not None:
             on_row(row)
     size = sum(parameter.numel() for parameter in own.parameters)
     settings = {"parameters": size, "standard_error": standard_error, "limit": limit, "seed": seed}
     return Comparison("your step", verdict(rows, size), tuple(rows), settings)
+
+
+def _has_waiting_units(step: Step) -> bool:
+    return any(
+        isinstance(module, BinaryNeuron) and module.gradient is None for module in step.model.modules()
+    )
+
+
+def _source(name: str, route: Any, own: Step) -> tuple[Step, Rule | None]:
+    if isinstance(route, type):
+        raise ArgumentTypeError(
+            f"routes[{name!r}]", route, "a rule or a step", f"Make one: {route.__name__}()."
+        )
+    if isinstance(route, Rule):
+        return own, route
+    if isinstance(route, tuple) or callable(route):
+        return as_step(route), None
+    raise ArgumentTypeError(f"routes[{name!r}]", route, "a rule such as thalweg.SPSA(), or a step")
+
+
+def _exact_gradient(step: Step, rule: Rule, key: Key) -> list[Tensor]:
+    with isolated(step.model, step.parameters):
+        found = rule.estimate(step.closure, step.parameters, key).gradients
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(step.parameters, found)]
 
 
 def verdict(rows: list[Row], size: int) -> str:
