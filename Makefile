@@ -48,7 +48,8 @@ bench: $(VENV)/.dev
 	@for file in benchmarks/*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
 results: $(VENV)/.dev
-	$(BIN)/python -m thalweg.report.results
+	$(THALWEG) compare classify --out runs/compare_classify
+	$(BIN)/python -m thalweg.report.readme
 
 wheel: $(VENV)/.dev
 	$(BIN)/python -m build --wheel
