@@ -34,6 +34,7 @@ class Discrete:
         Memory. NeurIPS 2021, arXiv 2102.09750.
 
     Example:
+        >>> import torch
         >>> from thalweg.rollouts import integrate
         >>> rate = torch.tensor(-1.0, requires_grad=True)
         >>> y = integrate(lambda x, t: rate * x, torch.ones(1), torch.linspace(0, 1, 11), gradient=Discrete())
