@@ -19,6 +19,8 @@ from thalweg.parameters import (
     collect,
     fill_gradients,
     isolated,
+    loan,
+    unexpanded,
     unvector,
     vector,
 )
@@ -148,6 +150,14 @@ def test_filling_refuses_wrong_numbers_and_shapes_and_fills_nothing(wrong: list[
         fill_gradients([a, b], wrong)
     assert a.grad is None
     assert b.grad is None
+
+
+def test_filling_refuses_what_overflows_in_the_dtype_of_the_parameter() -> None:
+    small, half = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1, dtype=torch.float16))
+    with pytest.raises(NonFiniteError, match=r"gradients\[2\]"):
+        fill_gradients([small, small, half], [torch.ones(1), None, torch.full((1,), 1e6)])
+    assert small.grad is None
+    assert half.grad is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -331,6 +341,55 @@ def test_swap_holds_one_module_at_a_time_and_copy_the_whole_model() -> None:
 
 
 @both_ways
+def test_every_move_of_a_loan_starts_from_the_original(restore: str) -> None:
+    layer = nn.Linear(2, 1, bias=False)
+    before, x = layer.weight.detach().clone(), torch.ones(1, 2)
+    with torch.no_grad(), loan([layer.weight], restore) as move:
+        assert torch.equal(layer(x), x @ before.T)
+        for step in (1.0, -3.0):
+            move(lambda index, value, step=step: value + step)
+            assert torch.equal(layer(x), x @ (before + step).T)
+    assert torch.equal(layer.weight, before)
+
+
+@both_ways
+def test_a_graph_made_before_the_loan_stays_valid(restore: str) -> None:
+    model, x = network(), torch.randn(5, 3)
+    expected = torch.autograd.grad(model(x).pow(2).sum(), list(model.parameters()))
+    loss = model(x).pow(2).sum()
+    with torch.no_grad(), borrowed(list(model.parameters()), noisy, restore):
+        model(x)
+    assert all(map(torch.equal, torch.autograd.grad(loss, list(model.parameters())), expected))
+
+
+@both_ways
+def test_autocast_around_the_loan_casts_the_weights_of_the_moment(restore: str) -> None:
+    layer, x = nn.Linear(3, 2), torch.randn(4, 3)
+    parameters = list(layer.parameters())
+    before = [p.detach().clone() for p in parameters]
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = layer(x)
+        with torch.no_grad(), loan(parameters, restore) as move:
+            for step in (1.0, 2.0):
+                move(lambda index, value, step=step: value + step)
+                expected = nn.functional.linear(x, *(p + step for p in before))
+                assert torch.equal(layer(x), expected)
+        assert torch.equal(layer(x), plain)
+
+
+@both_ways
+def test_parts_of_one_block_that_do_not_overlap_may_be_borrowed(restore: str) -> None:
+    block = torch.arange(6.0)
+    layer = nn.Linear(2, 2)
+    layer.bias, layer.weight = nn.Parameter(block[4:]), nn.Parameter(block[:4].view(2, 2))
+    x = torch.ones(1, 2)
+    with torch.no_grad(), borrowed(list(layer.parameters()), lambda i, value: value + 1.0, restore):
+        assert layer(x).tolist() == [[3.0 + 5.0, 7.0 + 6.0]]
+    assert block.tolist() == list(range(6))
+    assert layer.weight.data_ptr() == block.data_ptr()
+
+
+@both_ways
 def test_gradients_flow_to_the_borrowed_values_place(restore: str) -> None:
     layer = nn.Linear(2, 1, bias=False)
     with borrowed([layer.weight], lambda i, value: torch.full_like(value, 3.0), restore):
@@ -373,6 +432,16 @@ def test_isolated_leaves_no_trace() -> None:
         assert torch.equal(buffer, buffers[name][1])
     assert [m.training for m in model.modules()] == flags
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+def test_isolated_gives_an_expanded_buffer_back() -> None:
+    model = nn.Module()
+    cell = torch.ones(2, 1)
+    model.register_buffer("mask", cell.expand(2, 3))
+    with isolated(model, []):
+        cell.zero_()
+    assert model.mask.tolist() == [[1.0] * 3] * 2
+    assert unexpanded(model.mask).data_ptr() == cell.data_ptr()
 
 
 def test_isolated_without_a_model() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, NonFiniteError, UnsupportedError, require_choice
 
@@ -84,7 +87,7 @@ def fill_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | No
 
     Raises:
         ArgumentError: the numbers or the shapes differ.
-        NonFiniteError: a gradient holds nan or infinity; nothing was filled.
+        NonFiniteError: a gradient holds nan or infinity in the dtype of its parameter; nothing was filled.
 
     Example:
         >>> weight = torch.zeros(2, requires_grad=True)
@@ -97,27 +100,35 @@ def fill_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | No
     for index, (parameter, gradient) in enumerate(zip(parameters, gradients)):
         if gradient is not None and gradient.shape != parameter.shape:
             raise ArgumentError(f"gradients[{index}]", gradient, f"shape {tuple(parameter.shape)}")
-    pairs = [(p, g) for p, g in zip(parameters, gradients) if g is not None]
-    require_finite_all("gradients", [g for _, g in pairs])
+    # a copy: `.grad` takes over what it is handed, and the next accumulation would write into it
+    copies = [None if g is None else g.detach().to(p.dtype, copy=True) for p, g in zip(parameters, gradients)]
+    require_finite_all("gradients", copies)
+    pairs = [(p, g) for p, g in zip(parameters, copies) if g is not None]
     if pairs:
         # a fresh view per parameter: the gradient then enters through the same node that backward uses
         with torch.enable_grad():
             views = [p.view_as(p) for p, _ in pairs]
-        # a copy: `.grad` takes over what it is handed, and the next accumulation would write into it
-        torch.autograd.backward(views, [g.detach().to(p.dtype, copy=True) for p, g in pairs])
+        torch.autograd.backward(views, [g for _, g in pairs])
 
 
-def require_finite_all(what: str, tensors: Sequence[Tensor]) -> None:
-    """Raise `NonFiniteError` naming the first tensor that is not finite; one synchronisation for all."""
-    from torch._subclasses.fake_tensor import FakeTensor
+def require_finite_all(what: str, tensors: Sequence[Tensor | None]) -> None:
+    """Raise `NonFiniteError` naming the first tensor that is not finite; one synchronisation for all.
 
-    real = [t for t in tensors if not (isinstance(t, FakeTensor) or t.is_meta)]
+    None and tensors without data (fake, meta) pass.
+    """
+    real = [
+        (index, t.detach())
+        for index, t in enumerate(tensors)
+        if not (t is None or isinstance(t, FakeTensor) or t.is_meta)
+    ]
     if not real:
         return
-    device = real[0].device
-    finite = torch.stack([torch.isfinite(t.detach()).all().to(device) for t in real])
+    device = real[0][1].device
+    # an embedding with sparse=True has a gradient whose values are looked at by themselves
+    values = [t.coalesce().values() if t.is_sparse else t for _, t in real]
+    finite = torch.stack([torch.isfinite(value).all().to(device) for value in values])
     if not bool(finite.all()):
-        raise NonFiniteError(f"{what}[{int(finite.long().argmin())}] holds nan or infinity")
+        raise NonFiniteError(f"{what}[{real[int(finite.long().argmin())][0]}] holds nan or infinity")
 
 
 def all_reduce_gradients_(parameters: Iterable[Tensor], group: Any | None = None) -> None:
@@ -151,7 +162,7 @@ def borrowed(parameters: Sequence[Tensor], change: Change, restore: str = "copy"
     """Run a body under changed parameters and give them back bit for bit, also after an exception.
 
     Args:
-        parameters: leaf tensors, each with a storage of its own.
+        parameters: leaf tensors, none overlapping another in memory.
         change: `change(index, value)` returns the value to use instead of `parameters[index]`; a pure
             function (draw from a key), for "swap" calls it at every use.
         restore: "copy" changes all parameters at once and keeps a copy: one extra model of memory, any code
@@ -160,7 +171,7 @@ def borrowed(parameters: Sequence[Tensor], change: Change, restore: str = "copy"
             one there (`nn.MultiheadAttention` reads its projection's weight) cannot go wrong silently.
 
     Raises:
-        ArgumentError: an unknown `restore`, or parameters that share or overlap in memory.
+        ArgumentError: an unknown `restore`, or parameters that overlap in memory.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
@@ -170,72 +181,138 @@ def borrowed(parameters: Sequence[Tensor], change: Change, restore: str = "copy"
         >>> inside == before + 1.0, layer.weight.item() == before
         (True, True)
     """
-    require_choice("restore", restore, ("copy", "swap"))
-    _require_own_storage(parameters)
-    body = _copied(parameters, change) if restore == "copy" else _swapped(parameters, change)
-    with body:
+    with loan(parameters, restore) as move:
+        move(change)
         yield
 
 
-def _require_own_storage(parameters: Sequence[Tensor]) -> None:
-    seen: dict[int, int] = {}
+@contextmanager
+def loan(parameters: Sequence[Tensor], restore: str = "copy") -> Iterator[Callable[[Change], None]]:
+    """Like `borrowed`, for a body that goes to several places: one copy and one return for all of them.
+
+    Args:
+        parameters: as in `borrowed`.
+        restore: as in `borrowed`.
+
+    Returns:
+        In the `with`, a function `move(change)`: puts `change(index, value)` in place of each parameter,
+        where `value` is always the one from before the loan.
+
+    Raises:
+        ArgumentError: as in `borrowed`.
+
+    Example:
+        >>> weight = torch.ones(1)
+        >>> with loan([weight]) as move:
+        ...     for step in (0.25, -0.25):
+        ...         move(lambda index, value: value + step)
+        ...         print(weight.item())
+        1.25
+        0.75
+        >>> weight.item()
+        1.0
+    """
+    require_choice("restore", restore, ("copy", "swap"))
+    _require_own_memory(parameters)
+    body = _copied(parameters) if restore == "copy" else _swapped(parameters)
+    with body as change_to:
+
+        def move(change: Change) -> None:
+            change_to(change)
+            # autocast keeps its casts of the weights by the tensor, not by what it holds
+            torch.clear_autocast_cache()
+
+        try:
+            yield move
+        finally:
+            torch.clear_autocast_cache()
+
+
+def _require_own_memory(parameters: Sequence[Tensor]) -> None:
+    spans = []
     for index, parameter in enumerate(parameters):
-        if any(stride == 0 and size > 1 for size, stride in zip(parameter.shape, parameter.stride())):
+        if unexpanded(parameter).shape != parameter.shape:
             mend = "Give it memory of its own with .clone()."
             raise ArgumentError(f"parameters[{index}]", parameter, "no expanded dimension", mend)
-        if parameter.numel() == 0:
-            continue
-        other = seen.setdefault(parameter.untyped_storage()._cdata, index)
-        if other != index:
+        if parameter.numel():
+            last = sum((size - 1) * stride for size, stride in zip(parameter.shape, parameter.stride()))
+            start, width = parameter.storage_offset(), parameter.element_size()
+            storage = parameter.untyped_storage()._cdata
+            spans.append((storage, start * width, (start + last + 1) * width, index))
+    spans.sort()
+    # parts of one block that do not overlap are fine: so cuDNN keeps the weights of an LSTM
+    for (storage, _, end, one), (next_storage, start, _, other) in pairwise(spans):
+        if storage == next_storage and start < end:
             mend = "Tie weights by using the same Parameter object twice."
-            raise ArgumentError(f"parameters[{index}]", parameter, f"memory not shared with [{other}]", mend)
+            first, second = sorted((one, other))
+            name = f"parameters[{second}]"
+            raise ArgumentError(name, parameters[second], f"memory not shared with [{first}]", mend)
+
+
+def unexpanded(tensor: Tensor) -> Tensor:
+    """The part of an expanded tensor that holds each of its values once; a view, which may be written to.
+
+    Example:
+        >>> unexpanded(torch.ones(2, 1).expand(2, 3)).shape
+        torch.Size([2, 1])
+    """
+    repeated = [size > 1 and stride == 0 for size, stride in zip(tensor.shape, tensor.stride())]
+    return tensor[tuple(slice(1) if each else slice(None) for each in repeated)] if any(repeated) else tensor
 
 
 @contextmanager
-def _copied(parameters: Sequence[Tensor], change: Change) -> Iterator[None]:
+def _copied(parameters: Sequence[Tensor]) -> Iterator[Callable[[Change], None]]:
     kept: list[Tensor] = []
-    try:
+
+    def move(change: Change) -> None:
         for index, parameter in enumerate(parameters):
             value = parameter.detach()
-            changed = change(index, value)
-            kept.append(value.clone())
-            value.copy_(changed)
-        yield
-    finally:
-        for parameter, value in zip(parameters, kept):
-            parameter.detach().copy_(value)
+            if index == len(kept):
+                kept.append(value.clone())
+            value.copy_(change(index, kept[index]))
+
+    # what comes back has the same bits: a graph that the user made before stays valid
+    with _unsafe_preserve_version_counter(tuple(parameters)):
+        try:
+            yield move
+        finally:
+            for parameter, value in zip(parameters, kept):
+                parameter.detach().copy_(value)
 
 
 @contextmanager
-def _swapped(parameters: Sequence[Tensor], change: Change) -> Iterator[None]:
+def _swapped(parameters: Sequence[Tensor]) -> Iterator[Callable[[Change], None]]:
     index_of = {id(parameter): index for index, parameter in enumerate(parameters)}
     kept = [parameter.data for parameter in parameters]
     depth = [0] * len(parameters)
+    changes: list[Change] = []
+
+    def move(change: Change) -> None:
+        changes[:] = [change]
+        for parameter, value in zip(parameters, kept):
+            parameter.data = _unreadable(value)
 
     def enter(module: nn.Module, _inputs: object) -> None:
-        for parameter in module._parameters.values():
-            index = index_of.get(id(parameter), -1)
-            if index >= 0 and parameter is not None:
-                depth[index] += 1
-                if depth[index] == 1:
-                    parameter.data = change(index, kept[index])
+        for index in owned(module):
+            depth[index] += 1
+            if depth[index] == 1:
+                parameters[index].data = changes[0](index, kept[index])
 
     def leave(module: nn.Module, _inputs: object, _output: object) -> None:
-        for parameter in module._parameters.values():
-            index = index_of.get(id(parameter), -1)
-            if index >= 0 and parameter is not None:
-                depth[index] -= 1
-                if depth[index] == 0:
-                    parameter.data = _unreadable(kept[index])
+        for index in owned(module):
+            depth[index] -= 1
+            if depth[index] == 0:
+                parameters[index].data = _unreadable(kept[index])
+
+    def owned(module: nn.Module) -> list[int]:
+        return [index_of[id(p)] for p in module._parameters.values() if changes and id(p) in index_of]
 
     handles = (
         nn.modules.module.register_module_forward_pre_hook(enter),
         nn.modules.module.register_module_forward_hook(leave, always_call=True),
     )
     try:
-        for parameter, value in zip(parameters, kept):
-            parameter.data = _unreadable(value)
-        yield
+        yield move
     finally:
         for handle in handles:
             handle.remove()
@@ -265,7 +342,7 @@ def isolated(model: nn.Module | None, parameters: Sequence[Tensor]) -> Iterator[
     buffers = [
         (module, name, b) for module in modules for name, b in module._buffers.items() if b is not None
     ]
-    values = [b.detach().clone() for _, _, b in buffers]
+    values = [unexpanded(b.detach()).clone() for _, _, b in buffers]
     gradients = [(p, p.grad) for p in leaves.values()]
     flags = [(module, module.training) for module in modules]
     devices = sorted({p.device.index or 0 for p in leaves.values() if p.is_cuda})
@@ -279,6 +356,6 @@ def isolated(model: nn.Module | None, parameters: Sequence[Tensor]) -> Iterator[
                 parameter.grad = gradient
             for (module, name, buffer), value in zip(buffers, values):
                 module._buffers[name] = buffer
-                buffer.detach().copy_(value)
+                unexpanded(buffer.detach()).copy_(value)
             for module, training in flags:
                 module.training = training

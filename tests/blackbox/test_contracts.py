@@ -199,6 +199,66 @@ def test_autocast_runs_in_the_closure(rule):
     assert all(g.dtype == torch.float32 and torch.isfinite(g).all() for g in estimate.gradients)
 
 
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_autocast_around_the_step_is_autocast_in_the_closure(rule):
+    net, (x, y) = mlp(), batch()
+
+    def closure():
+        return nn.functional.cross_entropy(net(x), y)
+
+    def inside():
+        with torch.autocast("cpu", torch.bfloat16):
+            return closure()
+
+    want = rule.estimate(inside, list(net.parameters()), Key(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = net(x)
+        got = rule.estimate(closure, list(net.parameters()), Key(0))
+        assert torch.equal(net(x), plain)
+    assert all(map(torch.equal, got.gradients, want.gradients))
+    assert all(g.any() for g in got.gradients)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_buffers_passed_to_functional_call_stay_apart_from_those_of_the_module(rule):
+    x, _ = batch()
+    net = nn.Sequential(nn.Linear(4, 2), nn.BatchNorm1d(2))
+    own = [(buffer, buffer.clone()) for buffer in net.buffers()]
+    passed = {name: buffer.clone() for name, buffer in net.named_buffers()}
+    parameters = dict(net.named_parameters())
+    rule.estimate(
+        lambda: torch.func.functional_call(net, {**parameters, **passed}, (x,)).pow(3).mean(),
+        list(parameters.values()),
+        Key(0),
+    )
+    for buffer, (before, value) in zip(net.buffers(), own):
+        assert buffer is before
+        assert torch.equal(buffer, value)
+    assert passed["1.num_batches_tracked"] == 1
+
+
+class Counts(nn.Module):
+    """Counts its calls in a new tensor each time, and holds a buffer that repeats one value."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("mask", torch.ones(1).expand(3))
+
+    def forward(self):
+        self.calls = self.calls + 1
+        return ((self.weight * self.mask) ** 2).sum() * self.calls
+
+
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_buffers_that_a_module_replaces_or_expands_start_from_the_same_values(rule):
+    net = Counts()
+    for step in (1, 2):
+        rule.estimate(net, [net.weight], Key(0))
+        assert net.calls == step
+
+
 @pytest.mark.parametrize("rule", [*RULES, EvolutionStrategies(2, weights="ranks")], ids=repr)
 def test_estimates_run_on_fake_tensors(rule):
     with FakeTensorMode():

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +13,29 @@ from torch import Tensor, nn
 from thalweg.blackbox.directions import Directions, direction
 from thalweg.errors import NonFiniteError
 from thalweg.noise import Key, replayed
-from thalweg.parameters import borrowed
+from thalweg.parameters import Change, unexpanded
 from thalweg.step import Closure, losses_per_example
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    module: nn.Module
+    name: str
+    buffer: Tensor
+    value: Tensor
 
 
 class Buffers:
     """The buffers of every module that a body runs, so that the body can be run again from the same ones.
 
-    Found by a hook on all modules while the body runs for the first time; costs a copy of these buffers.
+    Found by hooks on all modules while the body runs for the first time; costs a copy of these buffers.
     """
 
     def __init__(self) -> None:
-        self._seen: dict[int, nn.Module] = {}
-        self._kept: list[tuple[nn.Module, str, Tensor, Tensor]] | None = None
+        self._seen: set[nn.Module] = set()
+        self._kept: list[_Kept] | None = None
+        self._running: dict[nn.Module, list[_Kept]] = {}
+        self._replaced: list[_Kept] = []
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -34,34 +45,52 @@ class Buffers:
             yield
             return
         self._kept = []
-        handle = nn.modules.module.register_module_forward_pre_hook(self._record)
+        handles = (
+            nn.modules.module.register_module_forward_pre_hook(self._enter),
+            nn.modules.module.register_module_forward_hook(self._leave),
+        )
         try:
             with warnings.catch_warnings():
                 # the hook is made for being called once more by a compiled module
                 warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are")
                 yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def rewind(self) -> None:
         """Give every buffer the value it had before the first run."""
-        for module, name, buffer, value in self._kept or ():
-            module._buffers[name] = buffer
-            with torch.no_grad():
-                buffer.copy_(value)
+        for kept in self._replaced:
+            kept.module._buffers[kept.name] = kept.buffer
+        with torch.no_grad():
+            for kept in self._kept or ():
+                unexpanded(kept.buffer).copy_(kept.value)
 
-    def _record(self, module: nn.Module, _inputs: object) -> None:
-        if torch.compiler.is_compiling() or id(module) in self._seen:
+    def _enter(self, module: nn.Module, _inputs: object) -> None:
+        if torch.compiler.is_compiling() or module in self._seen:
             return
         assert self._kept is not None
-        for each in module.modules():
-            if id(each) not in self._seen:
-                self._seen[id(each)] = each
-                # native kernels write running statistics without a new version, so there is no telling later
-                kept = [
-                    (each, name, b, b.detach().clone()) for name, b in each._buffers.items() if b is not None
-                ]
-                self._kept.extend(kept)
+        new = [each for each in module.modules() if each not in self._seen]
+        self._seen.update(new)
+        # native kernels write running statistics without a new version, so there is no telling later
+        found = [
+            _Kept(each, name, buffer, unexpanded(buffer.detach()).clone())
+            for each in new
+            for name, buffer in each._buffers.items()
+            if buffer is not None
+        ]
+        self._kept.extend(found)
+        self._running[module] = found
+
+    def _leave(self, module: nn.Module, _inputs: object, _output: object) -> None:
+        if torch.compiler.is_compiling():
+            return
+        # only what the module itself replaced: `functional_call` puts the user's buffers back after this
+        self._replaced += [
+            kept
+            for kept in self._running.pop(module, ())
+            if kept.module._buffers.get(kept.name) is not kept.buffer
+        ]
 
 
 class Evaluations:
@@ -77,7 +106,6 @@ class Evaluations:
     """
 
     def __init__(self, closure: Closure, parameters: Sequence[Tensor]) -> None:
-        self.parameters = parameters
         self._run = replayed(closure, [parameter.device for parameter in parameters])
         self._buffers = Buffers()
         self.count = 0
@@ -106,17 +134,17 @@ class Evaluations:
         return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
 
     def loss_along(
-        self, kind: Directions, key: Key, sample: int, step: float, restore: str = "copy"
+        self, move: Callable[[Change], None], kind: Directions, key: Key, sample: int, step: float
     ) -> Tensor:
-        """Evaluate with all parameters moved by `step` along direction `sample`, and move them back."""
+        """Evaluate where `move`, of a `loan`, puts the parameters: `step` along direction `sample`."""
 
         def moved(index: int, value: Tensor) -> Tensor:
             drawn = direction(kind, value, key, sample, index)
             # one rounding: the product is not rounded to a low precision before the sum
             return torch.add(value, drawn, alpha=step, out=drawn)
 
-        with borrowed(self.parameters, moved, restore):
-            return self.loss(f"sample {sample}, sign {'+' if step > 0 else '-'}")
+        move(moved)
+        return self.loss(f"sample {sample}, sign {'+' if step > 0 else '-'}")
 
 
 @contextmanager

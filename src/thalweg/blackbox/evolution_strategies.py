@@ -13,6 +13,7 @@ from thalweg.blackbox.directions import combine
 from thalweg.blackbox.estimate import Evaluations
 from thalweg.errors import ArgumentTypeError, require_choice, require_integer, require_positive
 from thalweg.noise import Key
+from thalweg.parameters import loan
 from thalweg.step import Closure, Estimate
 
 
@@ -75,13 +76,14 @@ class EvolutionStrategies:
         evaluations = Evaluations(closure, parameters)
         signs = (1, -1) if self.antithetic else (1,)
         with torch.no_grad():
-            losses = torch.stack(
-                [
-                    evaluations.loss_along("gaussian", key, sample, sign * self.scale)
-                    for sample in range(self.samples)
-                    for sign in signs
-                ]
-            )
+            with loan(parameters) as move:
+                losses = torch.stack(
+                    [
+                        evaluations.loss_along(move, "gaussian", key, sample, sign * self.scale)
+                        for sample in range(self.samples)
+                        for sign in signs
+                    ]
+                )
             weights = losses if self.weights == "raw" else centred_ranks(losses)
             signed = weights.view(self.samples, len(signs)) * weights.new_tensor(signs)
             coefficients = signed.sum(1) / (len(losses) * self.scale)

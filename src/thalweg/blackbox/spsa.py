@@ -13,6 +13,7 @@ from thalweg.blackbox.directions import DIRECTIONS, Directions, combine
 from thalweg.blackbox.estimate import Evaluations, eager_if
 from thalweg.errors import require_choice, require_integer, require_positive
 from thalweg.noise import Key
+from thalweg.parameters import loan
 from thalweg.step import Closure, Estimate
 
 
@@ -85,16 +86,17 @@ class SPSA:
         losses: list[Tensor] = []
         coefficients: list[Tensor] = []
         with torch.no_grad(), eager_if(self.restore == "swap"):
-            if self.side == "forward":
-                losses.append(evaluations.loss("the unchanged parameters"))
-            for sample in range(self.samples):
-                plus = evaluations.loss_along(self.directions, key, sample, self.scale, self.restore)
-                if self.side == "central":
-                    minus = evaluations.loss_along(self.directions, key, sample, -self.scale, self.restore)
-                    losses += [plus, minus]
-                    slope = (plus - minus) / (2 * self.scale)
-                else:
-                    slope = (plus - losses[0]) / self.scale
-                coefficients.append(slope / self.samples)
+            with loan(parameters, self.restore) as move:
+                if self.side == "forward":
+                    losses.append(evaluations.loss("the unchanged parameters"))
+                for sample in range(self.samples):
+                    plus = evaluations.loss_along(move, self.directions, key, sample, self.scale)
+                    if self.side == "central":
+                        minus = evaluations.loss_along(move, self.directions, key, sample, -self.scale)
+                        losses += [plus, minus]
+                        slope = (plus - minus) / (2 * self.scale)
+                    else:
+                        slope = (plus - losses[0]) / self.scale
+                    coefficients.append(slope / self.samples)
             gradients = combine(self.directions, coefficients, parameters, key)
         return Estimate(torch.stack(losses).mean(), gradients, evaluations.count)
