@@ -270,3 +270,53 @@ def test_any_shape_dtype_and_value_gives_a_report(shape, dtype, bad):
 
 def test_exports():
     assert set(thalweg.doctor.__all__) <= set(dir(thalweg.doctor))
+
+
+def test_a_loss_with_a_derivative_in_it_is_healthy():
+    critic = nn.Sequential(nn.Linear(2, 16), nn.Tanh(), nn.Linear(16, 1))
+    real, fake = torch.randn(2, 64, 2)
+
+    def losses():
+        # the last bias cancels: its exact zero is checked by running the closure at moved parameters
+        between = (0.5 * (real + fake)).requires_grad_()
+        (slope,) = torch.autograd.grad(critic(between).sum(), between, create_graph=True)
+        return {
+            "gap": critic(fake).mean() - critic(real).mean(),
+            "penalty": (slope.norm(dim=1) - 1).square().mean(),
+        }
+
+    report = examine(critic, losses)
+    assert report["A.parameter_gradients"]["2.bias"] == 0
+    assert report.worst < 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_reentrant_checkpoint_is_not_measured_and_not_a_disease():
+    first, second = nn.Linear(4, 8), nn.Linear(8, 1)
+    x = torch.randn(5, 4)
+
+    def loss():
+        hidden = first(x).tanh()
+        return torch.utils.checkpoint.checkpoint(second, hidden, use_reentrant=True).square().mean()
+
+    report = examine(nn.Sequential(first, second), loss)
+    assert report.findings == ()
+    assert "gradients" in [each.what for each in report.not_measured]
+
+
+def test_sparse_gradients_are_examined():
+    model = nn.Sequential(nn.Embedding(50, 4, sparse=True), nn.Flatten(), nn.Linear(16, 3))
+    x, y = torch.randint(50, (8, 4)), torch.randint(3, (8,))
+    loss = lambda: nn.functional.cross_entropy(model(x), y)  # noqa: E731
+    report = examine(model, {"one": loss, "two": loss})
+    assert report.worst == 0
+    loss().backward()
+    expected = 2 * model[0].weight.grad.to_dense().norm().item()
+    assert report["A.parameter_gradients"]["0.weight"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_mean_of_an_empty_batch_is_where_the_nan_is_from():
+    model = nn.Linear(4, 1)
+    (finding,) = examine(model, lambda: model(torch.ones(0, 4)).mean()).findings
+    assert (finding.code, finding.severity) == ("V4", 3)
+    assert "first at mean" in finding.title

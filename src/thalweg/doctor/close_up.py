@@ -64,7 +64,7 @@ class _Finite(TorchFunctionMode):
 
 
 def _floating(value: object) -> list[Tensor]:
-    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point() and tensor.numel()]
+    return [tensor for tensor in tensors_in(value) if tensor.is_floating_point()]
 
 
 def _is_non_finite(value: object) -> bool:

@@ -180,8 +180,9 @@ class _Visit:
             return self.patient.gradients(total(named), keep="terms" in self.wanted and len(named) > 1)
         except RuntimeError as error:
             message = str(error).splitlines()[0]
-            if "allow_unused" in message or "Checkpointing is not compatible" in message:
-                self.missed.append(NotMeasured("gradients", message))
+            if roads.hidden(order):
+                why = "a reentrant torch.utils.checkpoint only runs under a bare loss.backward()"
+                self.missed.append(NotMeasured("gradients", f"{why}: pass use_reentrant=False"))
                 return (None,) * len(self.patient.parameters)
             sign = Evidence("backwards that raised", 1.0, 0.0, "exact")
             mend = remedy("H4")

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from thalweg.doctor.findings import Evidence, Finding
-from thalweg.doctor.patient import Patient, clean
+from thalweg.doctor.patient import Patient
 from thalweg.doctor.recording import Call
 from thalweg.doctor.remedies import remedy
 from thalweg.ledger.cost import cost
+from thalweg.ledger.storages import written_name
 
 WASTE = 0.5
 
@@ -18,10 +19,7 @@ def kept(patient: Patient) -> dict[str, int]:
     with patient.visit():
         found = cost((patient.model, patient.terms, patient.parameters), repeats=0)
     patient.backwards += 1
-    by_module: dict[str, int] = {}
-    for path, size in found.by_module.items():
-        by_module[clean(path)] = by_module.get(clean(path), 0) + size
-    return dict(sorted(by_module.items(), key=lambda item: -item[1]))
+    return dict(sorted(found.by_module.items(), key=lambda item: -item[1]))
 
 
 def findings(patient: Patient, by_module: Mapping[str, int], calls: list[Call]) -> list[Finding]:
@@ -36,7 +34,7 @@ def findings(patient: Patient, by_module: Mapping[str, int], calls: list[Call]) 
     fed = {call.path for call in calls if call.given_gradient}
     idle: list[str] = []
     for raw, module in patient.model.named_modules():
-        path = clean(raw)
+        path = written_name(raw)
         parameters = list(module.parameters())
         if not parameters or any(id(p) in learned for p in parameters) or path in fed:
             continue

@@ -33,7 +33,8 @@ def finding(patient: Patient, seen: CloseUp, loss_finite: bool, bad: list[str]) 
     ]
     what = "the loss is finite but gradients are not" if loss_finite else "the loss is not finite"
     title = f"{what}: {'; '.join(told) or 'the batch or the weights already hold nan or infinity'}"
-    sign = Evidence("parameters with a non-finite gradient", float(len(bad)), 0.0, "exact: a count")
+    quantity = "gradients of parameters that are not finite, and the loss where it is not"
+    sign = Evidence(quantity, float(len(bad) + (not loss_finite)), 0.0, "exact: a count")
     mend = remedy(key)
     where = origin.path if origin is not None else ""
     return Finding("V4", 3, where, title, sign, mend.use, mend.cost, 1.0 if origin is not None else 0.7)

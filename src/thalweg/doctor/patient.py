@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.errors import ArgumentError, ArgumentTypeError
+from thalweg.ledger.storages import written_name
 from thalweg.parameters import collect, isolated
 from thalweg.step import refuse_wrappers
 
@@ -76,7 +77,9 @@ class Patient:
         wanted = self.parameters if parameters is None else parameters
         if not loss.requires_grad:
             return (None,) * len(wanted)
-        return torch.autograd.grad(loss, list(wanted), retain_graph=keep, allow_unused=True)
+        found = torch.autograd.grad(loss, list(wanted), retain_graph=keep, allow_unused=True)
+        # few operations know the sparse gradients of embeddings
+        return tuple(g.to_dense() if g is not None and g.is_sparse else g for g in found)
 
     def name(self, parameter: Tensor) -> str:
         """The name of a parameter in the model, or its place in `parameters`."""
@@ -89,16 +92,6 @@ class Patient:
     def owner(self, parameter: Tensor) -> str:
         """The path of the module that holds a parameter."""
         return self.name(parameter).rpartition(".")[0]
-
-
-def clean(path: str) -> str:
-    """A module path without the marks that wrappers of `torch.compile` leave in it.
-
-    Example:
-        >>> clean("_orig_mod.encoder.0")
-        'encoder.0'
-    """
-    return ".".join(part for part in path.split(".") if part != "_orig_mod")
 
 
 def common_path(paths: Iterable[str]) -> str:
@@ -175,7 +168,7 @@ def _learned(model: nn.Module, parameters: Iterable[Tensor] | None) -> tuple[Ten
 
 def _names(model: nn.Module, parameters: Sequence[Tensor]) -> dict[int, str]:
     names = {id(p): f"parameters[{index}]" for index, p in enumerate(parameters)}
-    names.update((id(p), clean(name)) for name, p in model.named_parameters())
+    names.update((id(p), written_name(name)) for name, p in model.named_parameters())
     return names
 
 

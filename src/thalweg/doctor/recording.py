@@ -20,8 +20,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from thalweg.doctor.graph import Node, edges, is_leaf, tensors_in
-from thalweg.doctor.patient import clean
 from thalweg.doctor.readings import Readings
+from thalweg.ledger.storages import written_name
 
 OUTSIDE = "(outside)"
 _LIBRARY = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep)
@@ -111,7 +111,7 @@ class Recording(TorchFunctionMode):
         """Hooks on; leave the inner forward with `forward_done`, and this block when the backward is done."""
         try:
             for path, module in self._model.named_modules():
-                self._attach(clean(path), module)
+                self._attach(written_name(path), module)
             self._forward = True
             yield
         finally:

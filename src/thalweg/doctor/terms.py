@@ -20,7 +20,9 @@ from thalweg.doctor.readings import Readings
 from thalweg.doctor.remedies import remedy
 
 IMBALANCE, SEVERE_IMBALANCE = 100.0, 1e4
-COSINE, RATE, SEVERE_COSINE = -0.2, 0.3, -0.8
+COSINE, RATE = -0.2, 0.3
+# below this share of their length two terms undo most of what the other does
+CANCELLED = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +30,10 @@ class Terms:
     """The gradients of the loss terms, compared.
 
     Args:
-        norms: Euclidean norm of each term's gradient on the parameters that at least two terms share.
+        norms: Euclidean norm of each term's gradient on the parameters that at least two terms share; without
+            the terms that share none and have some of their own.
         cosines: cosine of each pair of terms on the parameters the two share.
+        alignments: for each pair, norm of the sum over sum of the norms on those parameters.
         rates: share of those parameter tensors where the pair's cosine is below -0.2.
         alignment: norm of the sum over the sum of the norms; 1 when the terms agree, 0 when they cancel.
         largest, mean: greatest and mean absolute entry of each term's gradient.
@@ -38,6 +42,7 @@ class Terms:
 
     norms: dict[str, float]
     cosines: dict[tuple[str, str], float]
+    alignments: dict[tuple[str, str], float]
     rates: dict[tuple[str, str], float]
     alignment: float
     largest: dict[str, float]
@@ -82,13 +87,17 @@ def compare(patient: Patient, terms: dict[str, Tensor]) -> Terms | None:
     whole = [readings.norm(gradient) for gradient in summed if gradient is not None]
     values = readings.read()
     norms = {
-        name: math.hypot(*[values[slots[name, i]] for i in shared if (name, i) in slots]) for name in terms
+        name: math.hypot(*[values[slots[name, i]] for i in shared if (name, i) in slots])
+        for name, each in gradients.items()
+        # a term that only moves parameters of its own is not silent, it has no part in this
+        if name in extremes or not any(gradient is not None for gradient in each)
     }
-    cosines, rates = _pairs(terms, shared, slots, products, values)
+    cosines, alignments, rates = _pairs(terms, shared, slots, products, values)
     length = sum(norms.values())
     return Terms(
         norms,
         cosines,
+        alignments,
         rates,
         math.hypot(*[values[slot] for slot in whole]) / length if length else math.nan,
         {name: values[slot[0]] for name, slot in extremes.items()},
@@ -114,18 +123,21 @@ def _pairs(
     slots: dict[tuple[str, int], int],
     products: dict[tuple[str, str, int], int],
     values: list[float],
-) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float]]:
-    cosines, rates = {}, {}
+) -> tuple[dict[tuple[str, str], float], dict[tuple[str, str], float], dict[tuple[str, str], float]]:
+    cosines, alignments, rates = {}, {}, {}
     for a, b in combinations(terms, 2):
         common = [i for i in shared if (a, b, i) in products]
         sizes = {name: [values[slots[name, i]] for i in common] for name in (a, b)}
-        length = math.hypot(*sizes[a]) * math.hypot(*sizes[b])
+        one, other = math.hypot(*sizes[a]), math.hypot(*sizes[b])
+        length = one * other
         if not length or not math.isfinite(length):
             continue
         local = [values[products[a, b, i]] for i in common]
         cosines[a, b] = sum(c * x * y for c, x, y in zip(local, sizes[a], sizes[b])) / length
+        squared = one**2 + other**2 + 2 * cosines[a, b] * length
+        alignments[a, b] = math.sqrt(max(squared, 0.0)) / (one + other)
         rates[a, b] = sum(c < COSINE for c in local) / len(local)
-    return cosines, rates
+    return cosines, alignments, rates
 
 
 def findings(terms: Terms) -> list[Finding]:
@@ -153,8 +165,13 @@ def findings(terms: Terms) -> list[Finding]:
             source = "sign: PCGrad (arXiv 2001.06782); -0.2 on more than 30 % of the tensors: ours"
             sign = Evidence("cosine of the two gradients", cosine, COSINE, source)
             mend = remedy("T2")
-            title = f"terms '{a}' and '{b}' pull against each other, in {rate:.0%} of the shared tensors"
-            severity = 3 if cosine < SEVERE_COSINE else 2
+            kept = terms.alignments[a, b]
+            title = (
+                f"terms '{a}' and '{b}' pull against each other, in {rate:.0%} of the shared tensors, and "
+                f"{1 - kept:.0%} of their length cancels (at a minimum of a sum its terms always cancel)"
+            )
+            # never severe: whether two terms fight or have found their balance, one reading cannot tell
+            severity = 2 if kept < CANCELLED else 1
             out.append(Finding("T2", severity, terms.where, title, sign, mend.use, mend.cost, 0.9))
     return out
 

@@ -30,7 +30,7 @@ def difference(patient: Patient, parameters: Sequence[Tensor], base: float) -> f
     """|L(w + d) - L(w - d)| for one random direction d in the given parameters, or None.
 
     None when the loss at the unchanged parameters does not come back as `base`: then the closure is not
-    repeatable and a difference means nothing. Three forwards, no graph.
+    repeatable and a difference means nothing. Three forwards.
     """
     if any(id(a) == id(b) for i, a in enumerate(parameters) for b in parameters[:i]):
         return None
@@ -44,7 +44,8 @@ def difference(patient: Patient, parameters: Sequence[Tensor], base: float) -> f
         def moved(index: int, value: Tensor) -> Tensor:
             return value + sign * directions[index]
 
-        with patient.visit(), torch.no_grad(), borrowed(parameters, moved):
+        # gradients stay enabled: a loss with a derivative in it (PINNs, gradient penalties) needs them
+        with patient.visit(), borrowed(parameters, moved):
             value: Tensor = total(patient.terms()).detach().double()
         return value
 
