@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from thalweg.errors import ArgumentError, ArgumentTypeError
-from thalweg.ledger import Cost, cost, saved_bytes
+from thalweg.ledger import Cost, cost, fidelity, saved_bytes
 from thalweg.ledger.storages import StorageCounter
 from thalweg.noise import Key, rademacher
 from thalweg.parameters import borrowed
@@ -449,3 +449,22 @@ def test_refusals() -> None:
         cost((model, lambda: None, parameters))
     with pytest.raises(ArgumentError, match="depends on the parameters"):
         cost((model, lambda: torch.ones(()), parameters))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="the fused LSTM is oneDNN's")
+@pytest.mark.parametrize("bidirectional", [False, True])
+def test_operations_of_the_fused_lstm_are_its_products(bidirectional):
+    model = nn.LSTM(4, 8, 2, bidirectional=bidirectional)
+    x = torch.randn(5, 3, 4)
+    weights = sum(w.numel() for name, w in model.named_parameters() if name.startswith("weight"))
+    found = cost((model, lambda: model(x)[0].square().mean(), model.parameters()), repeats=0)
+    assert found.operations == 3 * 2 * 5 * 3 * weights
+
+
+def test_sparse_gradients_are_counted_and_compared():
+    model = nn.Sequential(nn.Embedding(50, 4, sparse=True), nn.Flatten(), nn.Linear(16, 3))
+    x = torch.arange(32).view(8, 4)
+    step = (model, lambda: model(x).square().mean(), list(model.parameters()))
+    # kept: the input of the linear layer, which flatten only views, and the input of the square
+    assert cost(step, repeats=0).saved_bytes == 4 * (8 * 16 + 8 * 3)
+    assert fidelity(step).cosine == 1.0

@@ -57,7 +57,7 @@ class Source:
             [
                 torch.zeros(p.numel(), dtype=torch.float64, device=self._device)
                 if g is None
-                else g.detach().reshape(-1).to(self._device, torch.float64)
+                else (g.to_dense() if g.is_sparse else g).detach().reshape(-1).to(self._device, torch.float64)
                 for g, p in zip(gradients, self.step.parameters)
             ]
         )

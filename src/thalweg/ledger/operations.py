@@ -36,6 +36,16 @@ def _multi_head_attention(
     return _attention_layer(batch, tokens, width)
 
 
+def _lstm_layer(inputs: Tensor, weight: Tensor, recurrent: Tensor, *_args: Any, **_kw: Any) -> int:
+    """One layer and direction of `nn.LSTM` on the CPU; the time steps of every example are rows."""
+    rows = inputs.shape[0] * inputs.shape[1]
+    return 2 * rows * (weight.numel() + recurrent.numel())
+
+
+def _lstm_layer_backward(*args: Any, **kwargs: Any) -> int:
+    return 2 * _lstm_layer(*args, **kwargs)
+
+
 _aten = torch.ops.aten
 FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -48,4 +58,6 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     ],
     _aten._transformer_encoder_layer_fwd: _encoder_layer,
     _aten._native_multi_head_attention: _multi_head_attention,
+    _aten.mkldnn_rnn_layer: _lstm_layer,
+    _aten.mkldnn_rnn_layer_backward: _lstm_layer_backward,
 }
