@@ -21,6 +21,15 @@ def step():
     x, y = torch.randn(16, 4), torch.randn(16, 1)
     return model, lambda: (model(x) - y).square().mean(), list(model.parameters())
 
+def talks():
+    print("loading")
+    model, loss, parameters = step()
+    return model, lambda: print("here") or loss(), parameters
+
+def breaks_late():
+    model, _, parameters = step()
+    return model, lambda: model(torch.randn(16, 5)).mean(), parameters
+
 def breaks():
     settings = {}
     return settings["learning rate"]
@@ -98,6 +107,8 @@ def test_interrupt_exits_with_130_and_tells_how_to_go_on(
     assert "thalweg compare classify --out 'a b' --resume" in capsys.readouterr().err
     assert cli.main(["compare", "classify", "--resume"]) == 130
     assert "--resume --resume" not in capsys.readouterr().err
+    assert cli.main(["compare", "mine.py:step"]) == 130
+    assert "--resume" not in capsys.readouterr().err
     monkeypatch.setitem(cli._COMMANDS, "list", interrupted)
     assert cli.main(["list"]) == 130
     assert "--resume" not in capsys.readouterr().err
@@ -118,3 +129,22 @@ def test_doctor_examines_a_users_step(tmp_path: Path) -> None:
     as_json = thalweg("doctor", "mine.py:step", "--json", cwd=tmp_path)
     assert as_json.returncode == 0, as_json.stderr
     assert isinstance(json.loads(as_json.stdout), dict)
+
+
+@pytest.mark.parametrize("command", ["doctor", "compare"])
+def test_what_a_users_step_prints_does_not_get_into_the_json(command: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(STEP)
+    done = thalweg(command, "mine.py:talks", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert isinstance(json.loads(done.stdout), dict)
+    assert done.stderr.startswith("loading\nhere\n")
+
+
+@pytest.mark.parametrize("command", ["doctor", "compare"])
+def test_a_closure_that_raises_shows_the_users_own_traceback(command: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(STEP)
+    done = thalweg(command, "mine.py:breaks_late", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("thalweg: mine.py:breaks_late raised RuntimeError: mat1")
+    frames = [line for line in done.stderr.splitlines() if line.startswith("  File ")]
+    assert "mine.py" in frames[0]

@@ -81,10 +81,11 @@ def _doctor(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
 
     from thalweg.lab.files import to_json
-    from thalweg.lab.user_step import load_step
+    from thalweg.lab.user_step import load_step, users_code
 
-    step = load_step(options.source)
-    examination = importlib.import_module("thalweg.doctor").examine(*step)
+    with users_code(options.source, aside=options.json):
+        step = load_step(options.source)
+        examination = importlib.import_module("thalweg.doctor").examine(*step)
     if options.json:
         print(json.dumps(to_json(examination.to_dict(), "examination"), indent=2, allow_nan=False))
     else:
@@ -103,7 +104,7 @@ _COMMANDS: dict[str, Callable[[list[str]], int]] = {
 
 def _interrupted(given: list[str]) -> int:
     print("\ninterrupted", file=sys.stderr)
-    if given[0] in ("run", "compare"):
+    if given[0] in ("run", "compare") and not any(".py:" in word for word in given[1:2]):
         again = given if "--resume" in given else [*given, "--resume"]
         print(f"what is done is kept; go on with: thalweg {shlex.join(again)}", file=sys.stderr)
     return 130
@@ -120,7 +121,7 @@ def _explain(error: Exception) -> int:
     from thalweg.lab.user_step import UserCodeError
 
     if isinstance(error, UserCodeError) and error.__cause__ is not None:
-        # the user's frames only: ours and importlib's come first and say nothing to them
+        # from the user's first frame on: ours, torch's and importlib's before it say nothing to them
         cause = error.__cause__
         shown = cause.__traceback__
         while shown is not None and _is_ours(shown.tb_frame.f_code.co_filename):
@@ -134,9 +135,10 @@ def _explain(error: Exception) -> int:
 
 
 def _is_ours(file: str) -> bool:
-    return file.startswith("<frozen importlib") or os.path.dirname(file) == os.path.join(
-        os.path.dirname(os.path.abspath(__file__)), "lab"
-    )
+    import torch
+
+    homes = (os.path.dirname(os.path.abspath(__file__)), os.path.dirname(torch.__file__))
+    return file.startswith(("<frozen importlib", *(home + os.sep for home in homes)))
 
 
 def _refuse(message: str) -> int:

@@ -163,3 +163,33 @@ def test_wrong_arguments_are_named(routes: Any, step: Any, error: Any, word: str
     with pytest.raises(error) as caught:
         tw.compare(routes, step)
     assert word in str(caught.value)
+
+
+def test_a_route_that_fails_has_a_row_that_says_why_and_the_others_go_on():
+    model = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+    x = torch.linspace(0, 1, 8)[:, None]
+
+    def residual():
+        points = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+        return (slope + 1).square().mean()
+
+    def enabled():
+        with torch.enable_grad():
+            return residual()
+
+    routes = {"backprop": tw.Backprop(), "spsa": tw.SPSA()}
+    parameters = list(model.parameters())
+    exact, blind = tw.compare(routes, (model, residual, parameters), limit=40).rows
+    assert (exact.cosine, exact.note) == (1.0, "")
+    assert blind.cosine is None
+    assert "torch.enable_grad() in the closure" in blind.note
+    exact, sighted = tw.compare(routes, (model, enabled, parameters), limit=40).rows
+    assert sighted.note == ""
+    assert 0 < sighted.cosine < 1
+
+
+def test_a_step_that_no_route_can_run_raises_its_own_error():
+    model = nn.Linear(4, 1)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        tw.compare(None, (model, lambda: model(torch.ones(2, 5)).sum(), list(model.parameters())))

@@ -107,28 +107,28 @@ def _compare_task(name: str, arguments: list[str]) -> int:
 
 
 def _compare_step(source: str, arguments: list[str]) -> int:
-    from thalweg.lab.user_step import load_step
+    from thalweg.lab.user_step import load_step, users_code
 
     options = _tyro().cli(StepOptions, args=arguments, prog=f"thalweg compare {source}")
-    step = load_step(source)
-    routes = default_routes(step)
-    unknown = [name for name in options.routes if name not in routes]
-    if unknown:
-        raise ArgumentError("routes", unknown[0], "names among " + ", ".join(routes))
-    chosen = {name: rule for name, rule in routes.items() if not options.routes or name in options.routes}
 
     def progress(row: Any) -> None:
         if not options.json and sys.stderr.isatty():
             print(f"measured {row.route}", file=sys.stderr)
 
-    comparison = compare(
-        chosen,
-        step,
-        standard_error=options.standard_error,
-        limit=options.limit,
-        seed=options.seed,
-        on_row=progress,
-    )
+    with users_code(source, aside=options.json):
+        step = load_step(source)
+        routes = default_routes(step)
+        unknown = [name for name in options.routes if name not in routes]
+        if unknown:
+            raise ArgumentError("routes", unknown[0], "names among " + ", ".join(routes))
+        comparison = compare(
+            {name: rule for name, rule in routes.items() if not options.routes or name in options.routes},
+            step,
+            standard_error=options.standard_error,
+            limit=options.limit,
+            seed=options.seed,
+            on_row=progress,
+        )
     _show(comparison, options.json)
     return 0
 

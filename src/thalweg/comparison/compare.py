@@ -70,6 +70,7 @@ def compare(
 
     Raises:
         ArgumentTypeError, ArgumentError: a wrong argument.
+        RuntimeError: torch's own, where every route fails.
 
     Example:
         >>> import torch, thalweg as tw
@@ -87,6 +88,7 @@ def compare(
     truth: Rule = reference or (Enumeration() if _has_waiting_units(own) else Backprop())
     sources = {name: _source(name, route, own) for name, route in chosen.items()}
     rows = []
+    failures: list[RuntimeError] = []
     for name, (source, rule) in sources.items():
         needs = getattr(rule, "needs", None)
         try:
@@ -96,9 +98,16 @@ def compare(
             row = Row(name, "yours", type(truth).__name__, needs=needs, **measured)
         except (UnsupportedError, ArgumentError, ArgumentTypeError, NonFiniteError) as refusal:
             row = Row(name, "yours", needs=needs, note=f"refused: {refusal}")
+        except RuntimeError as error:
+            # torch's own: a kernel without this derivative, a checkpoint, a closure that differentiates
+            failures.append(error)
+            row = Row(name, "yours", needs=needs, note=f"failed: {_failure(error)}")
         rows.append(row)
         if on_row is not None:
             on_row(row)
+    if len(failures) == len(sources):
+        # no route is to blame: the step does not run
+        raise failures[0]
     size = sum(parameter.numel() for parameter in own.parameters)
     settings = {"parameters": size, "standard_error": standard_error, "limit": limit, "seed": seed}
     return Comparison("your step", verdict(rows, size), tuple(rows), settings)
@@ -120,6 +129,16 @@ def _source(name: str, route: Any, own: Step) -> tuple[Step, Rule | None]:
     if isinstance(route, tuple) or callable(route):
         return as_step(route), None
     raise ArgumentTypeError(f"routes[{name!r}]", route, "a rule such as thalweg.SPSA(), or a step")
+
+
+def _failure(error: RuntimeError) -> str:
+    text = str(error).splitlines()[0]
+    if "does not require grad" in text:
+        return (
+            f"{text}. This route runs the closure without gradients: enter torch.enable_grad() in the "
+            "closure around what it differentiates itself"
+        )
+    return text
 
 
 def _exact_gradient(step: Step, rule: Rule, key: Key) -> list[Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from thalweg.errors import ArgumentError, NonFiniteError, UnsupportedError
+from thalweg.errors import ArgumentError, NonFiniteError
 from thalweg.ledger import cost, fidelity
 from thalweg.noise import Key
 from thalweg.step import Rule, Step
@@ -54,7 +54,7 @@ def measure(
             limit=limit,
             key=key if key is not None else Key(0),
         )
-    except (ArgumentError, UnsupportedError, NonFiniteError) as refusal:
+    except (ArgumentError, NonFiniteError, RuntimeError) as refusal:
         return found | {"note": f"no exact gradient to hold it against: {refusal}"}
     return found | {
         "cosine": right.cosine,

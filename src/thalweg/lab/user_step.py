@@ -5,14 +5,16 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from traceback import walk_tb
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
-from thalweg.errors import ArgumentError, ArgumentTypeError, describe
+from thalweg.errors import ArgumentError, ArgumentTypeError, NonFiniteError, UnsupportedError, describe
 from thalweg.step import Step
 
 _FORM = "Write `def FUNCTION(): return model, closure, parameters`."
@@ -70,6 +72,30 @@ def load_step(source: str) -> Step:
     if not callable(function):
         raise ArgumentTypeError("source", function, f"a function named {name} in {file}", _FORM)
     return _checked(_call(function, f"{file}:{name}"), function, file, name)
+
+
+@contextmanager
+def users_code(source: str, *, aside: bool = False) -> Iterator[None]:
+    """Run a body that calls the user's step: what the step raises is named as theirs.
+
+    Args:
+        source: "FILE.py:FUNCTION".
+        aside: send what the step prints to standard error, so that standard output is free for JSON.
+
+    Raises:
+        UserCodeError: an exception that came through the file, our own refusals excepted.
+    """
+    file = source.rpartition(":")[0]
+    try:
+        with redirect_stdout(sys.stderr) if aside else nullcontext():
+            yield
+    except (ArgumentError, ArgumentTypeError, NonFiniteError, UnsupportedError, UserCodeError):
+        raise
+    except Exception as error:
+        files = [Path(frame.f_code.co_filename).resolve() for frame, _ in walk_tb(error.__traceback__)]
+        if Path(file).resolve() not in files:
+            raise
+        raise UserCodeError(f"{source} raised {type(error).__name__}: {error}") from error
 
 
 def _import(path: Path) -> ModuleType:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -44,18 +45,21 @@ def main(arguments: list[str], package: str = "thalweg.recipes") -> int:
     count = options.seeds if options.seeds is not None else (1 if options.preset == "smoke" else 3)
     require_integer("seeds", count, 1)
     out = options.out if options.out is not None else Path("runs") / f"{recipe.name}-{options.preset}"
-    with Lab(
-        out,
-        name=recipe.name,
-        kind="recipe",
-        config={field.name: getattr(config, field.name) for field in fields(config)},
-        seeds=range(options.seed, options.seed + count),
-        device=options.device,
-        preset=options.preset,
-        resume=options.resume,
-        quiet=options.json,
-        threads=options.threads,
-    ) as lab:
+    with (
+        Lab(
+            out,
+            name=recipe.name,
+            kind="recipe",
+            config={field.name: getattr(config, field.name) for field in fields(config)},
+            seeds=range(options.seed, options.seed + count),
+            device=options.device,
+            preset=options.preset,
+            resume=options.resume,
+            quiet=options.json,
+            threads=options.threads,
+        ) as lab,
+        redirect_stdout(sys.stderr) if options.json else nullcontext(),
+    ):
         claims = recipe.run(config, lab)
     if options.json:
         sys.stdout.write((out / "claims.json").read_text(encoding="utf-8"))
