@@ -64,6 +64,15 @@ def test_a_factor_of_another_precision_does_not_widen() -> None:
     assert x.grad.tolist() == [0.5, 0.5]
 
 
+def test_a_factor_does_not_widen_a_tensor_without_dimensions_or_one_mapped() -> None:
+    factor = torch.tensor(0.5, dtype=torch.float64)
+    x = torch.tensor(3.0, dtype=torch.bfloat16, requires_grad=True)
+    assert gates.scale(x, factor).dtype == torch.bfloat16
+    mapped = torch.vmap(torch.func.grad(lambda each: gates.scale(each, factor)))(torch.ones(2))
+    assert mapped.dtype == torch.float32
+    assert mapped.tolist() == [0.5, 0.5]
+
+
 def test_nothing_of_the_size_of_the_tensor_is_kept_for_backward() -> None:
     kept = []
     x = torch.ones(100, requires_grad=True)

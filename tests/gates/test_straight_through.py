@@ -105,6 +105,14 @@ def test_refuses_a_wrong_argument_by_name(logits: object, hard: object, slope: s
 
 
 @pytest.mark.parametrize("call", [gates.round, gates.sign, gates.threshold])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_nan_is_no_decision(call: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    out = call(torch.tensor([float("nan"), 1.0, float("inf")], dtype=dtype))
+    assert out.dtype == dtype
+    assert out.isnan().tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize("call", [gates.round, gates.sign, gates.threshold])
 def test_the_ready_made_ones_refuse_integers(call: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ArgumentTypeError, match="floating-point tensor"):
         call(torch.zeros(2, dtype=torch.int64))

@@ -67,8 +67,9 @@ def _scaled(x: Tensor, factor: float | Tensor, argument: str, sign: int = 1) -> 
             raise ArgumentError(
                 argument, factor, "a finite number, or a floating-point tensor with one element"
             )
-        # 0-dim, so that it neither widens the dtype of x nor changes its shape
+        # 0-dim and, where x has no dimensions either, of its dtype: it neither widens nor reshapes x
         factor = factor.detach().reshape(())
+        factor = factor if x.ndim else factor.to(x.dtype)
     elif isinstance(factor, bool) or not isinstance(factor, int | float):
         raise ArgumentTypeError(argument, factor, "a finite number, or a tensor with one element")
     elif not math.isfinite(factor):

@@ -82,20 +82,26 @@ def round(x: Tensor) -> Tensor:
 def sign(x: Tensor) -> Tensor:
     """Take -1 below zero and 1 from zero on, with the gradient of the identity: for hashing to two values.
 
+    A nan stays nan: it is no decision.
+
     Example:
         >>> sign(torch.tensor([-0.3, 0.0, 2.0]))
         tensor([-1.,  1.,  1.])
     """
     x = require_floating("x", x)
-    return straight_through(x, torch.where(x.detach() < 0, -1.0, 1.0).to(x.dtype))
+    hard = torch.where(x.detach() < 0, -1.0, 1.0).to(x.dtype)
+    return straight_through(x, torch.where(x.detach().isnan(), x.detach(), hard))
 
 
 def threshold(logits: Tensor, slope: Slope = "identity") -> Tensor:
     """Take 1 where the logit is above zero, else 0; the deterministic twin of a Bernoulli unit.
+
+    A nan stays nan: it is no decision.
 
     Example:
         >>> threshold(torch.tensor([-1.0, 0.5]), slope="sigmoid")
         tensor([0., 1.])
     """
     logits = require_floating("logits", logits)
-    return straight_through(logits, (logits.detach() > 0).to(logits.dtype), slope)
+    hard = (logits.detach() > 0).to(logits.dtype)
+    return straight_through(logits, torch.where(logits.detach().isnan(), logits.detach(), hard), slope)
