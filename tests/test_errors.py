@@ -35,6 +35,7 @@ def test_refusals_survive_the_way_back_from_a_worker() -> None:
 def test_describe_is_one_short_line() -> None:
     assert errors.describe(int) == "the class int"
     assert errors.describe(torch.zeros(2, dtype=torch.int64)) == "a tensor of shape (2,), torch.int64, cpu"
+    assert errors.describe(torch.nn.Sequential(torch.nn.ReLU())) == "Sequential( (0): ReLU() )"
     assert errors.describe("x" * 500).endswith("...")
     assert len(errors.describe("x" * 500)) == 120
 

@@ -54,6 +54,9 @@ def test_the_mean_baseline_leaves_the_own_loss_out():
         (lambda: bernoulli_score(torch.ones(2), torch.ones(3)), "outcome"),
         (lambda: bernoulli_score(torch.ones(3), [1.0]), "logits"),
         (lambda: gaussian_score(torch.ones(2), torch.ones(2, 1), math.e), "outcome"),
+        (lambda: gaussian_score(torch.ones(2), torch.ones(2), 0.0), "scale"),
+        (lambda: gaussian_score(torch.ones(2), torch.ones(2), -1.0), "scale"),
+        (lambda: gaussian_score(torch.ones(2), torch.ones(2), "1"), "scale"),
     ],
 )
 def test_bad_input_is_refused_by_name(call, argument):

@@ -85,7 +85,7 @@ def describe(value: object) -> str:
         return f"a tensor of shape {tuple(value.shape)}, {value.dtype}, {value.device}"
     if isinstance(value, type):
         return f"the class {value.__name__}"
-    text = repr(value)
+    text = " ".join(repr(value).split())
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 

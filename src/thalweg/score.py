@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from thalweg.errors import ArgumentError, require_choice, require_floating
+from thalweg.errors import ArgumentError, require_choice, require_floating, require_positive
 
 Baseline = Literal["none", "mean"]
 BASELINES = ("none", "mean")
@@ -49,13 +49,19 @@ def gaussian_score(outcome: Tensor, mean: Tensor, scale: float | Tensor) -> Tens
     Args:
         outcome: tensor of any shape.
         mean: floating-point tensor of the same shape.
-        scale: standard deviation, above 0; a number or a tensor that broadcasts.
+        scale: standard deviation, above 0; a number, or a tensor that broadcasts (whose values are not
+            checked, which would make the device wait).
+
+    Raises:
+        ArgumentTypeError, ArgumentError: not floating point, other shapes, or a scale that is not above 0.
 
     Example:
         >>> gaussian_score(torch.tensor([3.0]), torch.tensor([1.0]), scale=2.0)
         tensor([0.5000])
     """
     _same_shape("outcome", outcome, require_floating("mean", mean))
+    if not isinstance(scale, Tensor):
+        require_positive("scale", scale)
     return (outcome - mean) / scale**2
 
 

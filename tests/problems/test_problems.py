@@ -42,6 +42,10 @@ def test_probabilities_sum_to_one_and_gradients_agree():
     [
         (lambda: Quadratic.from_spectrum([]), "spectrum"),
         (lambda: Quadratic.from_spectrum([1.0, float("nan")]), "spectrum"),
+        (lambda: Quadratic.from_spectrum("abc"), "spectrum"),
+        (lambda: Quadratic.from_spectrum(None), "spectrum"),
+        (lambda: Quadratic.from_spectrum([1.0]).loss([1.0]), "x"),
+        (lambda: Quadratic.from_spectrum([1.0]).gradient([1.0]), "x"),
         (lambda: Quadratic.from_spectrum([1.0]).loss(torch.ones(2)), "x"),
         (lambda: BernoulliNet(gates=0), "gates"),
         (lambda: BernoulliNet(gates=17), "gates"),

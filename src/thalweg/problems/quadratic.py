@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from thalweg.errors import ArgumentError, require_integer
+from thalweg.errors import ArgumentError, ArgumentTypeError, require_floating, require_integer
 from thalweg.noise import Key, normal
 
 
@@ -42,12 +42,16 @@ class Quadratic:
             seed: names basis and minimum.
 
         Raises:
-            ArgumentError: an empty or non-finite spectrum.
+            ArgumentError, ArgumentTypeError: an empty or non-finite spectrum, or no vector of numbers.
         """
         require_integer("seed", seed, 0)
-        values = torch.as_tensor(spectrum, dtype=torch.float64).detach().cpu()
+        expected = "a vector of at least one finite eigenvalue"
+        try:
+            values = torch.as_tensor(spectrum, dtype=torch.float64).detach().cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise ArgumentTypeError("spectrum", spectrum, expected) from None
         if values.ndim != 1 or not len(values) or not bool(torch.isfinite(values).all()):
-            raise ArgumentError("spectrum", spectrum, "a vector of at least one finite eigenvalue")
+            raise ArgumentError("spectrum", spectrum, expected)
         size = len(values)
         square = normal(torch.empty(size, size, dtype=torch.float64), Key(seed, call=0))
         basis = torch.linalg.qr(square).Q
@@ -62,9 +66,9 @@ class Quadratic:
 
     def gradient(self, x: Tensor) -> Tensor:
         """The exact gradient at points of shape (..., d): the same shape, detached."""
-        return self._away(x.detach()) @ self.hessian
+        return self._away(x).detach() @ self.hessian
 
     def _away(self, x: Tensor) -> Tensor:
-        if x.ndim == 0 or x.shape[-1] != len(self.minimum):
+        if require_floating("x", x).ndim == 0 or x.shape[-1] != len(self.minimum):
             raise ArgumentError("x", x, f"shape (..., {len(self.minimum)})")
         return x - self.minimum
