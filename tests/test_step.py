@@ -24,6 +24,7 @@ from thalweg.step import (
     backward,
     draw_key,
     losses_per_example,
+    mean_loss,
 )
 
 
@@ -373,12 +374,58 @@ def test_a_nonfinite_loss_is_refused(rule: Rule, bad: float) -> None:
         (torch.zeros(0), ArgumentError, "closure"),
         ((torch.zeros(()),), ArgumentTypeError, "closure"),
         ({}, ArgumentTypeError, "closure"),
-        ({"a": None}, ArgumentTypeError, "closure"),
+        ({"a": None}, ArgumentTypeError, r"closure\['a'\]"),
+        ({"a": {"b": torch.zeros(2, 2)}}, ArgumentError, r"closure\['a'\]\['b'\]"),
         (torch.zeros(()), ArgumentError, "depends on the parameters"),
     ],
 )
 def test_what_a_closure_returns_is_checked(wrong: object, error: type[Exception], says: str) -> None:
     untouched(lambda model, closure: backward(lambda: wrong, model.parameters()), error, says)
+
+
+def test_the_named_loss_that_is_not_finite_is_named() -> None:
+    untouched(
+        lambda model, closure: backward(
+            lambda: {"a": closure(), "b": {"c": closure() * math.nan}}, model.parameters()
+        ),
+        NonFiniteError,
+        r"the loss\['b'\]\['c'\]: 1 of 1",
+    )
+
+
+def test_a_mean_that_overflows_is_refused() -> None:
+    untouched(
+        lambda model, closure: backward(
+            lambda: closure().float() * 0 + torch.full((2,), 3e38), model.parameters()
+        ),
+        NonFiniteError,
+        "the loss",
+    )
+
+
+@pytest.mark.parametrize("rule", [Backprop(), Noisy()], ids=repr)
+def test_a_loss_of_other_parameters_is_refused(rule: Rule) -> None:
+    other = torch.ones(2, requires_grad=True)
+    model = nn.Linear(2, 3)
+    with pytest.raises(ArgumentError, match="depends on the parameters"):
+        backward(lambda: (other**2).sum(), model.parameters(), gradient=rule)
+    assert model.weight.grad is None
+
+
+def test_an_optimizer_that_steps_in_the_backward_is_served() -> None:
+    model = nn.Linear(2, 3)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(_: Tensor) -> None:
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    backward(lambda: model(torch.ones(4, 2)).pow(2).sum(1), model.parameters())
+    assert model.weight.grad is None
+    assert not torch.equal(model.weight, before)
 
 
 @pytest.mark.parametrize(
@@ -467,6 +514,13 @@ def test_an_exception_in_the_closure_passes_through(rule: Rule) -> None:
 
 
 # the other contracts
+
+
+def test_named_losses_keep_the_batch_when_all_have_it() -> None:
+    a, b = torch.randn(5), torch.randn(5)
+    assert torch.equal(losses_per_example({"a": a, "b": {"c": b}}), a + b)
+    torch.testing.assert_close(losses_per_example({"a": a, "b": b.sum()}), a.mean() + b.sum())
+    torch.testing.assert_close(mean_loss({"a": a, "b": b[:3]}), a.mean() + b[:3].mean())
 
 
 def test_losses_per_example_keeps_the_batch() -> None:

@@ -10,7 +10,14 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe, require_finite
+from thalweg.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    NonFiniteError,
+    UnsupportedError,
+    describe,
+    require_finite,
+)
 from thalweg.noise import Key, fresh_key
 from thalweg.parameters import collect, fill_gradients
 
@@ -141,6 +148,8 @@ class Backprop:
         if not loss.requires_grad:
             raise ArgumentError("closure", loss, "a loss that depends on the parameters", _CUT)
         gradients = torch.autograd.grad(loss, list(parameters), allow_unused=True)
+        if all(gradient is None for gradient in gradients):
+            raise ArgumentError("closure", loss, "a loss that depends on the parameters", _CUT)
         return Estimate(loss.detach(), tuple(gradients), 1)
 
 
@@ -158,8 +167,9 @@ def backward(
 
     Args:
         closure: computes the loss on a fixed batch; a scalar, or one value per example of shape (batch,),
-            whose mean is then the loss. Some rules call it more than once, so it must not step anything. With
-            an AMP scaler return the scaled loss, and unscale as usual.
+            whose mean is then the loss, or a mapping of named losses, whose sum is. Some rules call it more
+            than once, so it must not step anything. With an AMP scaler return the scaled loss, and unscale
+            as usual.
         parameters: what gets a gradient, for example `model.parameters()`.
         gradient: a rule: `Backprop()` (the default), `ForwardGradient`, `SPSA`, `EvolutionStrategies`,
             `ScoreFunction`, or your own object with a method `estimate`.
@@ -171,7 +181,8 @@ def backward(
 
     Raises:
         ArgumentError, ArgumentTypeError: a wrong argument; nothing was changed.
-        NonFiniteError: the loss or a gradient is nan or infinite; no `.grad` was changed.
+        NonFiniteError: the loss or a gradient is nan or infinite; no `.grad` was changed. Under `Backprop`
+            only the loss is checked: non-finite gradients arrive in `.grad`, where a `GradScaler` sees them.
         UnsupportedError: the closure runs a DistributedDataParallel or FSDP module under another rule than
             `Backprop`; use the bare module and `thalweg.all_reduce_gradients_`.
 
@@ -200,12 +211,30 @@ def backward(
         if not loss.requires_grad:
             raise ArgumentError("closure", loss, "a loss that depends on the parameters", _CUT)
         loss.backward(inputs=list(found))
+        if all(p.grad is None for p in found) and not _reaches(loss, found):
+            raise ArgumentError("closure", loss, "a loss that depends on the parameters", _CUT)
         return loss.detach()
     with refuse_wrappers(type(rule).__name__):
         estimate = rule.estimate(closure, found, key if key is not None else draw_key())
     require_finite("the loss", estimate.loss)
     fill_gradients(found, estimate.gradients)
     return estimate.loss
+
+
+def _reaches(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether the graph of the loss holds a parameter; a hook may have taken all of `.grad` away again."""
+    wanted = {id(parameter) for parameter in parameters}
+    seen: set[Any] = set()
+    left: list[Any] = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if id(getattr(node, "variable", None)) in wanted:
+            return True
+        left += [behind for behind, _ in node.next_functions]
+    return id(loss) in wanted
 
 
 def draw_key() -> Key:
@@ -218,23 +247,53 @@ def mean_loss(loss: object) -> Tensor:
 
     Raises:
         ArgumentTypeError, ArgumentError: not a floating-point tensor of at most one dimension, or empty.
-        NonFiniteError: nan or infinity.
+        NonFiniteError: nan or infinity, also of the mean alone.
     """
-    tensor = losses_per_example(loss)
-    return tensor.mean() if tensor.ndim else tensor
+    tensor = _losses(loss, "closure")
+    mean = tensor.mean() if tensor.ndim else tensor
+    _require_finite_losses(loss, mean)
+    return mean
 
 
 def losses_per_example(loss: object) -> Tensor:
-    """Check what a closure returned: a scalar, or one loss per example of shape (batch,)."""
+    """Check what a closure returned: a scalar, or one loss per example of shape (batch,).
+
+    Of a mapping it is the sum, per example where all values have the same shape, else of their means.
+    """
+    tensor = _losses(loss, "closure")
+    _require_finite_losses(loss, tensor)
+    return tensor
+
+
+def _losses(loss: object, name: str) -> Tensor:
     if isinstance(loss, Mapping):
-        total = sum(mean_loss(value) for value in loss.values())
-        return losses_per_example(total)
+        if not loss:
+            raise ArgumentTypeError(name, loss, "at least one named loss")
+        terms = [_losses(value, f"{name}[{key!r}]") for key, value in loss.items()]
+        if len({term.shape for term in terms}) > 1:
+            terms = [term.mean() for term in terms]
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
     if not isinstance(loss, Tensor) or not loss.is_floating_point():
-        raise ArgumentTypeError("closure", loss, "a floating-point tensor as its return value")
+        raise ArgumentTypeError(name, loss, "a floating-point tensor as its return value")
     if loss.ndim > 1 or loss.numel() == 0:
-        raise ArgumentError("closure", loss, "a scalar loss, or one loss per example of shape (batch,)")
-    require_finite("the loss", loss)
+        raise ArgumentError(name, loss, "a scalar loss, or one loss per example of shape (batch,)")
     return loss
+
+
+def _require_finite_losses(loss: object, total: Tensor, name: str = "the loss") -> None:
+    """Wait for the device once; only when `total` is not finite look for the term that is to blame."""
+    try:
+        require_finite(name, total)
+    except NonFiniteError:
+        if isinstance(loss, Mapping):
+            for key, value in loss.items():
+                _require_finite_losses(value, _losses(value, name), f"{name}[{key!r}]")
+        elif isinstance(loss, Tensor):
+            require_finite(name, loss)
+        raise
 
 
 def _not_a_rule(rule: object) -> str:
