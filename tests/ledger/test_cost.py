@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -468,3 +469,57 @@ def test_sparse_gradients_are_counted_and_compared():
     # kept: the input of the linear layer, which flatten only views, and the input of the square
     assert cost(step, repeats=0).saved_bytes == 4 * (8 * 16 + 8 * 3)
     assert fidelity(step).cosine == 1.0
+
+
+def test_the_first_call_warms_up_and_is_not_timed():
+    model = nn.Linear(4, 1)
+    calls = 0
+
+    def slow_at_first():
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            time.sleep(0.4)
+        return model(torch.ones(2, 4)).sum()
+
+    # with the first call in it the median of two would be at least 200 ms
+    assert cost((model, slow_at_first, model.parameters()), repeats=1).milliseconds < 200
+
+
+def test_a_buffer_that_the_forward_replaces_is_not_kept_for_backward():
+    class Averaged(nn.Module):
+        def __init__(self, replaces: bool) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 8)
+            self.register_buffer("mean", torch.zeros(8))
+            self.replaces = replaces
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.layer(x)
+            if self.replaces:
+                self.mean = 0.9 * self.mean + 0.1 * hidden.detach().mean(0)
+            return hidden.square().mean()
+
+    x = torch.randn(16, 4)
+    plain, averaged = Averaged(False), Averaged(True)
+    found = [
+        cost((model, lambda model=model: model(x), model.parameters()), repeats=0).saved_bytes
+        for model in (plain, averaged)
+    ]
+    assert found[0] == found[1] == 16 * 8 * 4
+    assert averaged.mean.eq(0).all()
+
+
+@pytest.mark.parametrize("first", [0, 10])
+def test_a_tensor_that_grows_in_place_counts_with_its_new_size(first):
+    weight = nn.Parameter(torch.ones(1))
+
+    def grows():
+        scratch = torch.empty(first)
+        scratch.resize_(1000)
+        return weight.sum()
+
+    found = cost((nn.ParameterList([weight]), grows, [weight]), repeats=0)
+    # 0 kept: the graph of a sum holds only shapes
+    assert found.saved_bytes == 0
+    assert 4000 <= found.peak_bytes < 4100

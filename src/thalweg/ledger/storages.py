@@ -119,7 +119,7 @@ class StorageCounter(TorchDispatchMode):
         kept = [
             e
             for address, e in self._storages.items()
-            if e.forward and (e.saved or not e.returned) and address not in weights
+            if e.bytes and e.forward and (e.saved or not e.returned) and address not in weights
         ]
         total = sum(e.bytes for e in kept)
         if total > self.saved_bytes:
@@ -178,7 +178,7 @@ class StorageCounter(TorchDispatchMode):
             if known is not None:
                 self._grow(size - known.bytes)
                 known.bytes = size
-            elif address not in aliased and size:
+            elif address not in aliased:
                 owner = self._path[-1] if self._path else OUTSIDE
                 entry = _Storage(size, self._forward, owner)
                 entry.reference = weakref.ref(storage, self._freed(address))
