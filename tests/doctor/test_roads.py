@@ -215,3 +215,11 @@ def test_an_in_place_error_in_backward_is_a_finding():
     report = examine(model, lambda: model(x).mul_(2).sum())
     assert report.codes == ("H4",)
     assert "inplace" in report.findings[0].title
+
+
+@pytest.mark.parametrize("like", [torch.zeros_like, torch.randn_like])
+def test_a_tensor_of_the_same_shape_carries_no_values_and_is_no_cut(like):
+    model = nn.ModuleDict({"used": nn.Linear(4, 2), "spare": nn.Linear(4, 2)})
+    x = torch.randn(8, 4)
+    report = examine(model, lambda: (model["used"](x) + like(model["spare"](x))).square().mean())
+    assert [(f.code, f.where, f.severity) for f in report.findings] == [("H3", "spare", 1)]
