@@ -7,6 +7,17 @@ from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
 from thalweg.ledger import cost, fidelity, price
 from thalweg.noise import Key
 from thalweg.parameters import all_reduce_gradients_
+from thalweg.rollouts import (
+    Backsolve,
+    Checkpointed,
+    Discrete,
+    Reversible,
+    Route,
+    Skipped,
+    Truncated,
+    integrate,
+    rollout,
+)
 from thalweg.step import Backprop, Estimate, Learner, Phase, Rule, Step, backward
 from thalweg.stochastic import BinaryNeuron, Enumeration, ScoreFunction, StraightThrough
 
@@ -16,6 +27,15 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "rollout",
+    "integrate",
+    "Truncated",
+    "Skipped",
+    "Route",
+    "Reversible",
+    "Discrete",
+    "Checkpointed",
+    "Backsolve",
     "SPSA",
     "Backprop",
     "BinaryNeuron",

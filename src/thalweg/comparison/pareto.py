@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from thalweg.comparison.rows import Row
 from thalweg.errors import MissingExtraError
@@ -56,6 +56,39 @@ def accuracy_against_cost(rows: Collection[Row], controls: Collection[str]) -> F
         left.plot([], [], marker, color=colour, label=f"{network} network")
     left.plot([], [], "o", color="#555555", markerfacecolor="none", label="control")
     figure.legend(frameon=False, loc="outside upper left", ncols=len(networks) + 1)
+    return figure
+
+
+def error_against_bytes(rows: Collection[Any]) -> Figure:
+    """Draw the error of each policy's gradient against the bytes it keeps and the most it holds.
+
+    Args:
+        rows: rows with `error`, `saved_bytes` and `peak_bytes`.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise MissingExtraError("matplotlib", "recipes") from None
+    figure = Figure(figsize=(9.5, 5.2), layout="constrained")
+    panel = figure.subplots()
+    floor = 1e-8
+    shown = [row for row in rows if row.error is not None]
+    for index, row in enumerate(shown):
+        colour, marker = _COLOURS[index % len(_COLOURS)], "os^DvP*X<>"[index % 10]
+        height = max(row.error, floor)
+        panel.plot([row.saved_bytes, row.peak_bytes], [height, height], "-", color=colour, lw=1, alpha=0.6)
+        panel.plot(row.saved_bytes, height, marker, color=colour, markersize=9, label=row.route)
+        panel.plot(row.peak_bytes, height, "|", color=colour, markersize=12)
+    panel.set_xscale("log")
+    panel.set_yscale("log")
+    panel.set_xlabel("bytes: kept for the backward pass (marker), most held at one time (bar)")
+    panel.set_ylabel("relative error of the gradient (1e-8: equal bits)")
+    panel.grid(alpha=0.25)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     return figure
 
 

@@ -108,12 +108,14 @@ class Comparison:
         verdict: the outcome in one line.
         rows: one per route.
         settings: what the rows were measured with.
+        headings: which cells of the rows make the table, in order.
     """
 
     task: str
     verdict: str
     rows: tuple[Row, ...]
     settings: dict[str, Any] = field(default_factory=dict)
+    headings: tuple[str, ...] = COLUMNS
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready: numbers that are nan or infinite become None, which they must not silently be."""
@@ -126,7 +128,7 @@ class Comparison:
         same_network = len({row.network for row in self.rows}) == 1
         return tuple(
             name
-            for name in COLUMNS
+            for name in self.headings
             if any(line[name] != "-" for line in cells) and not (name == "network" and same_network)
         )
 
