@@ -22,6 +22,9 @@ STORES = {
     "one slot": Checkpointed(slots=1),
     "segments": Checkpointed(segments=3),
     "every state": Checkpointed(),
+    "some whole": Checkpointed(slots=2, whole=3),
+    "segments and whole": Checkpointed(segments=2, whole=2),
+    "all whole": Checkpointed(slots=2, whole=99),
     "on host": Checkpointed(slots=3, on="host"),
     "segments on host": Checkpointed(segments=3, on="host"),
 }
@@ -142,6 +145,13 @@ def test_segments_cost_what_checkpoint_sequential_costs() -> None:
         parts = min(segments, steps)
         last = steps - steps * (parts - 1) // parts
         assert step.calls == 2 * steps - last
+
+
+@pytest.mark.parametrize("whole", [0, 1, 4, 9, 10])
+def test_steps_kept_whole_are_called_once(whole: int) -> None:
+    step = Counted()
+    rollout(step, start(), 10, gradient=Checkpointed(slots=10, whole=whole)).sum().backward()
+    assert step.calls == 10 + 10 - max(whole, 1)
 
 
 @stores
@@ -388,6 +398,8 @@ def test_functional_gradients_are_refused_and_not_wrong() -> None:
         ({"budget": "nan GB"}, ArgumentError),
         ({"budget": 1.5}, ArgumentTypeError),
         ({"on": "disk"}, ArgumentError),
+        ({"whole": -1}, ArgumentError),
+        ({"whole": 1, "budget": 10}, ArgumentError),
     ],
 )
 def test_wrong_fields_are_refused(fields: dict[str, object], error: type[Exception]) -> None:

@@ -33,7 +33,8 @@ class Checkpointed:
     Cost of `slots=S` over N steps: S states and one step's graph are kept, and `step` is called
     `step_calls(N, S)` times, the least that is possible with S states. Cost of `segments=k`: k states and one
     segment's graph, at most 2 N calls. With a read-out (`then=`), the read-out is computed twice, and counts
-    as one more step of the process.
+    as one more step of the process. `whole=w` keeps the graphs of the last w steps as well, which are then
+    not computed again: the way to spend memory that is left when all states fit.
 
     It supports double backward, autocast, dropout, `Key`s, hooks, tied weights, captured tensors and
     networks that `torch.compile` has compiled; `torch.func` transforms refuse it. Batch normalisation in
@@ -45,9 +46,10 @@ class Checkpointed:
         slots: how many states are kept at once, the initial one included; at least 1.
         segments: cut the process into so many pieces of equal length; at least 1.
         budget: the most bytes that forward and backward of the rollout may take at their peak, beside the
-            parameters and what was there before: a number of bytes or text such as "10GiB", "800MB". The
-            number of states is then chosen by counting under fake tensors, before anything runs; see
+            parameters and what was there before: a number of bytes or text such as "10GiB", "800MB". `slots`
+            and `whole` are then chosen by counting under fake tensors, before anything runs; see
             `thalweg.rollouts.plan`.
+        whole: how many of the last steps are kept whole; at least 0.
         on: "device" keeps states where they are; "host" in the memory of the CPU, which costs two copies of
             a state per kept state.
 
@@ -68,6 +70,7 @@ class Checkpointed:
     slots: int | None = None
     segments: int | None = None
     budget: int | str | None = None
+    whole: int = 0
     on: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
@@ -77,8 +80,11 @@ class Checkpointed:
         for name in ("slots", "segments"):
             if getattr(self, name) is not None:
                 require_integer(name, getattr(self, name), 1)
+        require_integer("whole", self.whole, 0)
         if self.budget is not None:
             read_bytes(self.budget, "budget")
+            if self.whole:
+                raise ArgumentError("whole", self.whole, "0 beside budget", "The budget chooses it.")
         require_choice("on", self.on, ("device", "host"))
 
 

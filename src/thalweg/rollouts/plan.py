@@ -1,4 +1,4 @@
-"""Find how many states fit a budget, by counting the rollout's peak under fake tensors before it runs."""
+"""Find what fits a budget, by counting the rollout's peak under fake tensors before it runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Plan:
     """What a rollout with a budget does.
 
     Args:
-        store: `Backprop()` where everything fits, else `Checkpointed(slots=...)` with the most slots that do.
+        store: `Backprop()` where everything fits, else `Checkpointed(slots=..., whole=...)` with the fewest
+            calls of the step that fit.
         peak_bytes: the counted peak of forward and backward: what the rollout makes, gradients included,
             parameters and what was there before left out. With on="host", states on the CPU left out too.
         step_calls: how often the step will be called.
@@ -41,90 +42,121 @@ class Plan:
 
 
 _remembered: dict[Any, Plan] = {}
-_MOST_REMEMBERED = 64
+_counted: dict[Any, int] = {}
+_MOST_REMEMBERED = 256
 
 
 def choose(process: Process, leaves: Leaves, store: Checkpointed) -> Plan:
     """The plan for a budget; the same question is answered from memory the second time."""
-    key = (signature(process, leaves), store)
-    if key not in _remembered:
-        found = _Search(process, leaves, store).plan()
-        if len(_remembered) >= _MOST_REMEMBERED:
-            _remembered.pop(next(iter(_remembered)))
-        _remembered[key] = found
-    return _remembered[key]
+    kind = signature(process, leaves)
+    if (kind, store) not in _remembered:
+        _remember(_remembered, (kind, store), _Search(process, leaves, store, kind).plan())
+    return _remembered[kind, store]
+
+
+def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(memory) >= _MOST_REMEMBERED:
+        memory.pop(next(iter(memory)))
+    memory[key] = value
 
 
 class _Search:
-    """The search for the largest number of slots whose counted peak fits."""
+    """The search for the plan with the fewest calls whose counted peak fits.
 
-    def __init__(self, process: Process, leaves: Leaves, store: Checkpointed) -> None:
+    Plans are numbered by what they keep: level L keeps L states up to one per step, and above that the graph
+    of one more step each. A few short counts predict the bytes of a level; the level chosen is then counted
+    in full, and the prediction shifted by what it was wrong.
+    """
+
+    def __init__(self, process: Process, leaves: Leaves, store: Checkpointed, kind: Any) -> None:
         assert store.budget is not None
-        self.process, self.leaves, self.store = process, leaves, store
+        self.process, self.leaves, self.store, self.kind = process, leaves, store, kind
         self.budget = read_bytes(store.budget)
-        self.stages = process.steps - process.first + (process.then is not None)
+        self.steps = process.steps - process.first
+        self.read_out = int(process.then is not None)
+        self.states = self.steps + self.read_out
+        # without a read-out the graph of the last step is kept anyway
+        self.levels = max(self.states + self.steps - 2 + 2 * self.read_out, 1)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.state_bytes = max(sum(t.numel() * t.element_size() for t in tensors), 1)
+        self.graph_bytes = 1
 
     def plan(self) -> Plan:
-        """Everything if it fits; else as many slots as do."""
-        everything = self._all_stored()
-        if everything is not None:
-            return everything
-        best: Plan | None = None
-        refused: dict[int, int] = {}
-        slots = self._guess()
-        while slots not in refused and (best is None or slots > self._slots(best)):
-            peak = self._count(slots)
+        """Everything if it fits; else what needs the fewest calls."""
+        if self.steps == 0:
+            return Plan(Backprop(), 0, self.process.steps)
+        # not one step and two: gradients of parameters live twice only from the second step on
+        two, three = (self._peak(min(n, self.steps), Backprop()) for n in (2, 3))
+        self.graph_bytes = max(three - two, 1)
+        if two + (self.steps - 2) * self.graph_bytes <= 1.05 * self.budget:
+            peak = self._peak(self.steps, Backprop())
             if peak <= self.budget:
-                best = Plan(replace(self.store, budget=None, slots=slots), peak, self._calls(slots))
-                # from here upwards: as many states as the slack holds, below what was refused
-                slots = min(slots + (self.budget - peak) // self.state_bytes, self.stages)
-                slots = min([slots, *(each - 1 for each in refused)])
-            else:
-                refused[slots] = peak
-                over = -(-(peak - self.budget) // self.state_bytes)
-                floor = 1 if best is None else self._slots(best) + 1
-                slots = max(slots - over, floor)
-        if best is not None:
-            return best
-        self._refuse(min(refused), refused[min(refused)])
-        raise AssertionError("unreachable")
+                return Plan(Backprop(), peak, self.process.steps)
+        return self._search()
 
-    def _slots(self, plan: Plan) -> int:
-        assert isinstance(plan.store, Checkpointed)
-        assert plan.store.slots is not None
-        return plan.store.slots
+    def _search(self) -> Plan:
+        short = min(3, self.steps)
+        offset = self._peak(short, self._at(2)) - self._predicted(2)
+        best: Plan | None = None
+        fits, over, peak = 0, self.levels + 1, 0
+        while over - fits > 1:
+            level = min(max(self._guess(offset), fits + 1), over - 1)
+            peak = self._count(level)
+            offset = peak - self._predicted(level)
+            if peak > self.budget:
+                over = level
+                continue
+            store = self._at(level)
+            fits, best = level, Plan(store, peak, self._calls(store))
+            if self._guess(offset) <= level:
+                break
+        if best is None:
+            self._refuse(peak)
+        assert best is not None
+        return best
 
-    def _calls(self, slots: int) -> int:
-        """With a read-out, which runs on its own as the last stage, that many of the calls are steps."""
-        return self.process.first + step_calls(self.stages, slots) - (self.process.then is not None)
+    def _predicted(self, level: int) -> int:
+        return min(level, self.states) * self.state_bytes + max(level - self.states, 0) * self.graph_bytes
 
-    def _all_stored(self) -> Plan | None:
-        steps = self.process.steps
-        if self.stages > 3:
-            # every further step adds what the third added to the second, if steps are alike
-            two, three = (self._peak(self._shorter(n), Backprop()) for n in (2, 3))
-            if three + (steps - self.process.first - 3) * (three - two) > 1.05 * self.budget:
-                return None
-        peak = self._peak(self.process, Backprop())
-        return Plan(Backprop(), peak, steps) if peak <= self.budget else None
+    def _guess(self, offset: int) -> int:
+        """The highest level that the prediction lets fit, or 0."""
+        left = self.budget - offset
+        states = left // self.state_bytes
+        if states <= self.states:
+            return max(states, 0)
+        return self.states + (left - self.states * self.state_bytes) // self.graph_bytes
 
-    def _guess(self) -> int:
-        small = self._shorter(min(4, self.process.steps - self.process.first))
-        base = self._peak(small, replace(self.store, budget=None, slots=2))
-        return min(max(2 + (self.budget - base) // self.state_bytes, 1), self.stages)
+    def _at(self, level: int) -> Checkpointed:
+        if level <= self.states:
+            return replace(self.store, budget=None, slots=level)
+        whole = level - self.states + 1 - self.read_out
+        return replace(self.store, budget=None, slots=max(self.steps - whole, 1), whole=whole)
 
-    def _count(self, slots: int) -> int:
+    def _calls(self, store: Checkpointed) -> int:
+        """What follows the checkpoints, steps kept whole or a read-out, is a stage that runs once."""
+        assert store.slots is not None
+        head, first = self.steps - store.whole, self.process.first
+        if head == 0:
+            return first + self.steps
+        follows = int(bool(store.whole or self.read_out))
+        return first + step_calls(head + follows, store.slots) - follows + store.whole
+
+    def _count(self, level: int) -> int:
+        store = self._at(level)
         # with very few slots a long process takes very many calls, and the peak is reached early: count the
         # longest process that needs at most eight repetitions
-        steps = min(self.process.steps - self.process.first, comb(slots + 8, slots))
-        return self._peak(self._shorter(steps), replace(self.store, budget=None, slots=slots))
+        assert store.slots is not None
+        steps = self.steps if store.whole else min(self.steps, comb(store.slots + 8, store.slots))
+        return self._peak(steps, store)
 
-    def _shorter(self, steps: int) -> Process:
-        return replace(self.process, steps=self.process.first + steps)
+    def _peak(self, steps: int, store: Store) -> int:
+        key = (self.kind, steps, store)
+        if key not in _counted:
+            _remember(_counted, key, self._run(steps, store))
+        return _counted[key]
 
-    def _peak(self, process: Process, store: Store) -> int:
+    def _run(self, steps: int, store: Store) -> int:
+        process = replace(self.process, steps=self.process.first + steps)
         modules = nn.ModuleList(_modules(process))
         fake = FakeMode(allow_non_fake_inputs=True)
         counted = None if self.store.on == "device" else _device(self.leaves)
@@ -135,13 +167,13 @@ class _Search:
                 _forward_and_backward(process, leaves, store)
         return counter.peak_bytes
 
-    def _refuse(self, slots: int, peak: int) -> None:
-        longest = f"the smallest plan, slots={slots}, takes {peak} bytes ({scaled(peak, 'B')})"
+    def _refuse(self, peak: int) -> None:
+        smallest = f"the smallest plan, slots=1, takes {peak} bytes ({scaled(peak, 'B')})"
         mend = (
             f"What would fit: budget={peak}; or a smaller batch, Truncated(last=...), on='host', or the "
             "read-out moved into then=."
         )
-        raise ArgumentError("budget", self.store.budget, f"more, since {longest}", mend)
+        raise ArgumentError("budget", self.store.budget, f"more, since {smallest}", mend)
 
 
 class _Counter(StorageCounter):

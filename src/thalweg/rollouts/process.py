@@ -72,14 +72,19 @@ class Process:
         guard = Guard(self.step, self.network, self.then)
         advance = partial(self._guarded, guard)
         host = store.on == "host"
-        chain = Chain(advance, self.first, self.steps, self.trajectory, host, guard.normalisations)
-        # a read-out runs in a checkpoint of its own, as if it were one more step
-        last = self.steps if self.then is None else self.steps + 1
-        if store.segments is not None:
+        whole = max(self.first, self.steps - store.whole)
+        chain = Chain(advance, self.first, whole, self.trajectory, host, guard.normalisations)
+        # what follows (steps kept whole, or a read-out, which has a checkpoint of its own) counts as one step
+        last = whole if whole == self.steps and self.then is None else whole + 1
+        visited: list[Leaves] = []
+        if whole > self.first and store.segments is not None:
             visited = chain.by_segments(leaves, last, store.segments)
-        else:
+        elif whole > self.first:
             slots = store.slots if store.slots is not None else last - self.first
             visited = chain.by_slots(leaves, self.first, last, slots)
+        for k in range(whole, self.steps):
+            leaves = advance(k, visited[-1] if visited else leaves)
+            visited = [*visited, leaves] if self.trajectory else [leaves]
         self._require_masked()
         visited = [*before, *visited] if self.trajectory else visited[-1:]
         if self.then is None:

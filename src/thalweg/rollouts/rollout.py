@@ -127,7 +127,7 @@ def plan(
         >>> x = torch.ones(1000, requires_grad=True)
         >>> found = plan(lambda x, k: x.sin(), x, 20, gradient=Checkpointed(budget="50kB"))
         >>> found.store, found.peak_bytes <= 50_000
-        (Checkpointed(slots=7, segments=None, budget=None, on='device'), True)
+        (Checkpointed(slots=7, segments=None, budget=None, whole=0, on='device'), True)
     """
     route = as_route(gradient)
     if not isinstance(route.store, Checkpointed) or route.store.budget is None:
