@@ -27,18 +27,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "rollout",
-    "integrate",
-    "Truncated",
-    "Skipped",
-    "Route",
-    "Reversible",
-    "Discrete",
-    "Checkpointed",
-    "Backsolve",
     "SPSA",
     "Backprop",
+    "Backsolve",
     "BinaryNeuron",
+    "Checkpointed",
+    "Discrete",
     "Enumeration",
     "Estimate",
     "EvolutionStrategies",
@@ -46,10 +40,14 @@ __all__ = [
     "Key",
     "Learner",
     "Phase",
+    "Reversible",
+    "Route",
     "Rule",
     "ScoreFunction",
+    "Skipped",
     "Step",
     "StraightThrough",
+    "Truncated",
     "all_reduce_gradients_",
     "backward",
     "compare",
@@ -57,8 +55,10 @@ __all__ = [
     "doctor",
     "fidelity",
     "gates",
+    "integrate",
     "price",
     "problems",
+    "rollout",
 ]
 
 
