@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, NonFiniteError, UnsupportedError
-from thalweg.ledger import saved_bytes
+from thalweg.ledger import cost, price, saved_bytes
 from thalweg.rollouts.backsolve import Backsolve
 from thalweg.rollouts.checkpointed import Checkpointed
 from thalweg.rollouts.discrete import Discrete
@@ -282,6 +282,60 @@ def test_kept_bytes() -> None:
     for method in ("euler", "rk4", "adams_bashforth_2"):
         assert kept(method, Discrete(), 50) - kept(method, Discrete(), 20) == 30 * state
     assert kept("euler", Discrete(), 50) < 0.1 * kept("euler", Backprop(), 50)
+
+
+def test_dense_output_is_its_own_store() -> None:
+    """With an output at every step, what is kept is what was handed out."""
+    w, x = torch.ones(64, requires_grad=True), torch.ones(64)
+    times = torch.linspace(0, 1, 101)
+    outputs = 101 * 64 * 4
+
+    def run() -> Tensor:
+        return integrate(lambda x, t: w * x, x, times, method="rk4", gradient=Discrete()).square().sum()
+
+    # the square keeps the outputs too
+    assert saved_bytes(run) == outputs
+
+
+@pytest.mark.parametrize(
+    ("method", "gradient"),
+    [
+        ("heun", Backprop()),
+        ("heun", Discrete()),
+        ("heun", Checkpointed(slots=3)),
+        ("adams_bashforth_2", Discrete()),
+        ("heun", Backsolve(restore="solve")),
+        ("reversible_heun", Reversible()),
+    ],
+    ids=name,
+)
+def test_a_price_under_fake_tensors_is_the_cost(method: str, gradient: Any) -> None:
+    net = nn.Sequential(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16))
+    x, times = torch.randn(8, 16), torch.linspace(0, 1, 3)
+
+    def closure() -> Tensor:
+        y = integrate(lambda x, t: net(x), x, times, method=method, gradient=gradient, steps_between=20)
+        return y[-1].square().mean()
+
+    step = (net, closure, list(net.parameters()))
+    told, counted = price(step)[0], cost(step, repeats=0)
+    assert (told.saved_bytes, told.peak_bytes) == (counted.saved_bytes, counted.peak_bytes)
+    assert told.operations == counted.operations
+
+
+@pytest.mark.parametrize(("method", "gradient"), SWEPT[:2], ids=name)
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_compiled_network(method: str, gradient: Any, derived: bool) -> None:
+    net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    compiled = torch.compile(net, backend="aot_eager")
+    weight = torch.randn(3, dtype=torch.float64, requires_grad=True)
+    x, times = torch.randn(4, 3, dtype=torch.float64), torch.linspace(0, 1, 30, dtype=torch.float64)
+    found = []
+    for run, policy in ((net, Backprop()), (compiled, gradient)):
+        scale = weight.sin() if derived else weight
+        y = integrate(lambda x, t, run=run, s=scale: run(x) * s, x, times, method=method, gradient=policy)
+        found.append(torch.autograd.grad(y[-1].square().sum(), [weight, *net.parameters()]))
+    assert distance(list(found[1]), list(found[0])) < 1e-10
 
 
 @pytest.mark.parametrize("gradient", [Backprop(), Checkpointed(slots=2)], ids=name)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.forward_ad import unpack_dual
 
 from thalweg.rollouts.tableaus import HEUN, Number, State, Tableau, add, combine, runge_kutta_step
 
@@ -38,13 +40,23 @@ def make_grid(times: Tensor, every: int, dtype: torch.dtype) -> Grid:
         fractions = torch.arange(every, dtype=times.dtype, device=times.device) / every
         inner = times[:-1, None] + (times[1:] - times[:-1])[:, None] * fractions
         grid = torch.cat([inner.reshape(-1), times[-1:]])
-    differences = grid[1:] - grid[:-1]
     lengths: list[Number]
-    if grid.requires_grad or isinstance(grid, FakeTensor) or grid.is_meta:
-        lengths = list(differences.unbind())
+    values = plain_values(times)
+    if values is None:
+        lengths = list((grid[1:] - grid[:-1]).unbind())
     else:
-        lengths = list(differences.tolist())
+        # numbers: they scale a tensor in one operation, and are known where tensors are fake
+        lengths = [(b - a) / every for a, b in pairwise(values) for _ in range(every)]
     return Grid(list(grid.to(dtype).unbind()), lengths, every)
+
+
+def plain_values(times: Tensor) -> list[float] | None:
+    """The times as numbers, or None where they are differentiated, transformed or without values."""
+    if times.requires_grad or isinstance(times, FakeTensor) or times.is_meta:
+        return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(times) or unpack_dual(times).tangent is not None:
+        return None
+    return list(times.tolist())
 
 
 def begin(method: Method, y: State) -> State:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable
+from itertools import pairwise
+from math import isfinite
 from typing import Any, TypeVar
 
 import torch
@@ -20,18 +21,15 @@ from thalweg.errors import (
     require_integer,
     require_positive,
 )
-from thalweg.rollouts import adaptive, fixed_steps
 from thalweg.rollouts.adaptive import Tolerances
-from thalweg.rollouts.backsolve import Backsolve, backsolve_adaptively, backsolve_on_grid
+from thalweg.rollouts.backsolve import Backsolve
 from thalweg.rollouts.checkpointed import Checkpointed
-from thalweg.rollouts.discrete import Discrete, reverse_adams_bashforth, reverse_runge_kutta
-from thalweg.rollouts.fixed_steps import Grid, Method, advance, begin, make_grid
-from thalweg.rollouts.recorder import Recorder
-from thalweg.rollouts.reversible import Reversible, reverse_reversible_heun
-from thalweg.rollouts.rollout import rollout
-from thalweg.rollouts.sweep import Gradients, Sweep, attach
+from thalweg.rollouts.discrete import Discrete
+from thalweg.rollouts.fixed_steps import Method, plain_values
+from thalweg.rollouts.ode_problem import Problem, swept
+from thalweg.rollouts.reversible import Reversible
 from thalweg.rollouts.tableaus import DOPRI5, EULER, HEUN, RK4, State, Tableau
-from thalweg.step import Backprop, refuse_wrappers
+from thalweg.step import Backprop
 
 S = TypeVar("S", Tensor, tuple[Tensor, ...])
 Policy = Backprop | Checkpointed | Discrete | Backsolve | Reversible
@@ -114,164 +112,15 @@ def integrate(
     tolerances = _check_tolerances(rtol, atol, chooses)
     if start[0].is_meta or isinstance(start[0], FakeTensor):
         _refuse_without_values(chooses, method)
-    problem = _Problem(_on_tuples(field, start, single), start, times, solver, every, tolerances)
+    problem = Problem(_on_tuples(field, start, single), start, times, solver, every, tolerances)
     if isinstance(policy, Backprop) or not torch.is_grad_enabled():
         found = problem.outputs(problem.field)
     elif isinstance(policy, Checkpointed):
         found = problem.checkpointed(policy)
     else:
-        found = _swept(problem, policy)
+        found = swept(problem, policy)
     _require_finite_states(found, times)
     return found[0] if single else found  # type: ignore[return-value]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Problem:
-    """A solve with its arguments checked: everything on tuples."""
-
-    field: Callable[[State, Tensor], State]
-    start: State
-    times: Tensor
-    method: Method
-    every: int
-    tolerances: Tolerances
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.start[0].dtype
-
-    @property
-    def chooses(self) -> bool:
-        return isinstance(self.method, Tableau) and bool(self.method.error)
-
-    def grid(self) -> Grid:
-        return make_grid(self.times, self.every, self.dtype)
-
-    def outputs(self, field: Callable[[State, Tensor], State]) -> State:
-        """The plain solve, with whatever graph autograd makes of it."""
-
-        def evaluate(point: State, time: Tensor, _key: Hashable) -> State:
-            return field(point, time)
-
-        if self.chooses:
-            assert isinstance(self.method, Tableau)
-            found, _ = adaptive.solve(evaluate, self.method, self.start, self.times.tolist(), self.tolerances)
-        else:
-            found, _ = fixed_steps.solve(self.method, evaluate, self.start, self.grid())
-        return _stacked(found)
-
-    def checkpointed(self, policy: Checkpointed) -> State:
-        """The solve as a rollout of its steps, the method's memory being a part of the state."""
-        grid, width = self.grid(), len(self.start)
-
-        def evaluate(point: State, time: Tensor, _key: Hashable) -> State:
-            return self.field(point, time)
-
-        def step(joined: State, n: int) -> State:
-            y, memory = advance(self.method, evaluate, joined[:width], joined[width:], n, grid)
-            return (*y, *memory)
-
-        joined = (*self.start, *begin(self.method, self.start))
-        between = len(self.times) > 2
-        found = rollout(step, joined, grid.steps, gradient=policy, trajectory=between)
-        visited = found[:: self.every] if between else (joined, found)
-        return _stacked([state[:width] for state in visited])
-
-
-def _swept(problem: _Problem, policy: Discrete | Backsolve | Reversible) -> State:
-    """Solve without a graph, then join the outputs to the inputs by a reverse sweep."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        raise UnsupportedError(
-            f"{type(policy).__name__} inside a torch.func transform: its backward sweep cannot be "
-            "transformed. Use gradient=Backprop()"
-        )
-    replay = isinstance(policy, Discrete) and not problem.chooses
-    start = tuple(part.detach() for part in problem.start)
-    recorder = Recorder(problem.field, start, type(policy).__name__, replay=replay)
-    with torch.no_grad(), refuse_wrappers(type(policy).__name__):
-        if problem.chooses:
-            sweep = _solve_adaptively(problem, policy, recorder, start)
-        else:
-            sweep = _solve_on_grid(problem, policy, recorder, start)
-    inputs = (*problem.start, *recorder.captured)
-    return attach(sweep, inputs) if any(part.requires_grad for part in inputs) else sweep.outputs
-
-
-def _solve_on_grid(
-    problem: _Problem, policy: Discrete | Backsolve | Reversible, recorder: Recorder, start: State
-) -> Sweep:
-    method, grid, width = problem.method, problem.grid(), len(start)
-    keeps = not isinstance(policy, Reversible) and getattr(policy, "restore", "stored") == "stored"
-    kept: list[Tensor] = []
-
-    def visit(n: int, y: State) -> None:
-        if keeps and n > 0:
-            kept.extend(y)
-
-    found, memory = fixed_steps.solve(method, recorder.value, start, grid, visit)
-    if not isinstance(policy, Discrete):
-        kept.extend(found[-1])
-    if isinstance(policy, Reversible):
-        kept.extend(memory[:width])
-    del grid
-
-    def run(inputs: State, kept: State, cotangents: State) -> Gradients:
-        grid = problem.grid()
-        given = _by_time(cotangents)
-        first = tuple(part.detach() for part in inputs[:width])
-        states = [first, *(kept[i : i + width] for i in range(0, len(kept), width))]
-        recorder.gradients = [None] * len(recorder.captured)
-        if isinstance(policy, Reversible):
-            result = reverse_reversible_heun(recorder, first, states[1], states[2], grid, given)
-        elif isinstance(policy, Backsolve):
-            end = states.pop()
-            result = backsolve_on_grid(recorder, policy, method, states, end, first, grid, given)
-        elif isinstance(method, Tableau):
-            result = reverse_runge_kutta(recorder, policy, method, states, grid, given)
-        else:
-            result = reverse_adams_bashforth(recorder, policy, states, grid, given)
-        return (*result, *recorder.gradients)
-
-    return Sweep(type(policy).__name__, _stacked(found), tuple(kept), run)
-
-
-def _solve_adaptively(
-    problem: _Problem, policy: Discrete | Backsolve | Reversible, recorder: Recorder, start: State
-) -> Sweep:
-    assert isinstance(problem.method, Tableau)
-    method, width, times, tolerances = problem.method, len(start), problem.times.tolist(), problem.tolerances
-    found, taken = adaptive.solve(recorder.value, method, start, times, tolerances)
-    ends = [(step.start, step.stop) for step in taken]
-    states = [step.y for step in taken] if isinstance(policy, Discrete) else found
-    if getattr(policy, "restore", "stored") == "solve":
-        states = states[-1:]
-    first_is_start = len(states) > 1 or isinstance(policy, Discrete)
-    kept = [part for state in states[first_is_start:] for part in state]
-    del taken
-
-    def run(inputs: State, kept: State, cotangents: State) -> Gradients:
-        given = _by_time(cotangents)
-        first = tuple(part.detach() for part in inputs[:width])
-        states = [kept[i : i + width] for i in range(0, len(kept), width)]
-        if first_is_start:
-            states.insert(0, first)
-        recorder.gradients = [None] * len(recorder.captured)
-        if isinstance(policy, Backsolve):
-            result = backsolve_adaptively(recorder, policy, method, states, first, times, tolerances, given)
-        else:
-            assert isinstance(policy, Discrete)
-            result = adaptive.reverse_adaptive(recorder, policy, method, states, ends, times, given)
-        return (*result, *recorder.gradients)
-
-    return Sweep(type(policy).__name__, _stacked(found), tuple(kept), run)
-
-
-def _stacked(states: list[State]) -> State:
-    return tuple(torch.stack(parts) for parts in zip(*states))
-
-
-def _by_time(cotangents: State) -> list[State]:
-    return list(zip(*(cotangent.unbind() for cotangent in cotangents)))
 
 
 def _on_tuples(field: Any, start: State, single: bool) -> Callable[[State, Tensor], State]:
@@ -322,14 +171,14 @@ def _check_times(times: object, start: State) -> None:
         raise ArgumentError("times", times, "at least 2 times, shape (n,)")
     if times.device != start[0].device:
         raise ArgumentError("times", times, f"times on the state's device, {start[0].device}")
-    if isinstance(times, FakeTensor) or times.is_meta:
+    values = plain_values(times.detach() if times.requires_grad else times)
+    if values is None:
         return
-    values = times.detach().double()
-    if not bool(torch.isfinite(values).all()):
+    if not all(map(isfinite, values)):
         raise NonFiniteError("times: holds nan or infinity")
-    differences = values.diff()
-    if not bool((differences > 0).all() | (differences < 0).all()):
-        raise ArgumentError("times", values.tolist(), "strictly increasing or strictly decreasing times")
+    increasing = [b > a for a, b in pairwise(values)]
+    if any(increasing) != all(increasing) or len(set(values)) < len(values):
+        raise ArgumentError("times", values, "strictly increasing or strictly decreasing times")
 
 
 def _check_policy(policy: object, solver: Method, chooses: bool, times: Tensor) -> None:
