@@ -1,5 +1,7 @@
 """Forward gradients: right for every way in which a closure may use its parameters, or refused by name."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -184,3 +186,21 @@ def test_errors_of_the_closure_are_passed_on():
     with pytest.raises(RuntimeError, match="out of patience"):
         ForwardGradient().estimate(closure, [weight], Key(0))
     assert weight.requires_grad
+
+
+def test_an_lstm_runs_without_a_warning_and_leaves_the_kernels_on():
+    net = nn.LSTM(3, 4, batch_first=True)
+    x = torch.randn(2, 5, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ForwardGradient().estimate(lambda: net(x)[0].pow(2).mean(), list(net.parameters()), Key(0))
+    assert torch.backends.mkldnn.enabled == torch.backends.mkldnn.is_available()
+
+
+def test_group_norm_in_channels_last_equals_contiguous():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.GELU())
+    x = torch.randn(2, 3, 6, 6)
+    want = ForwardGradient().estimate(lambda: net(x).pow(3).mean(), list(net.parameters()), Key(0))
+    net, x = net.to(memory_format=torch.channels_last), x.to(memory_format=torch.channels_last)
+    got = ForwardGradient().estimate(lambda: net(x).pow(3).mean(), list(net.parameters()), Key(0))
+    torch.testing.assert_close(got.gradients, want.gradients)

@@ -80,3 +80,10 @@ def test_nothing_of_the_size_of_the_tensor_is_kept_for_backward() -> None:
         gates.clip(gates.reverse(gates.scale(x, torch.tensor(0.5)), 2.0), 1.0, dim=0)
         gates.round(x)
     assert sum(kept) < x.numel()
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.75])
+def test_stop_lets_the_rest_of_a_fraction_through(fraction: float) -> None:
+    x = torch.ones(2, requires_grad=True)
+    gates.stop(x, fraction).sum().backward()
+    assert x.grad.tolist() == [1 - fraction] * 2

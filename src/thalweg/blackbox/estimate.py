@@ -126,7 +126,7 @@ class Evaluations:
             losses = losses_per_example(value)
         except NonFiniteError as error:
             self._buffers.rewind()
-            mend = "a smaller scale or float32 often mends it"
+            mend = "a smaller scale or float32 often mends it; under restore='swap' so does 'copy'"
             raise NonFiniteError(f"{name}: {error}; {mend}") from error
         except BaseException:
             self._buffers.rewind()

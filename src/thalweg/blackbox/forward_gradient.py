@@ -157,8 +157,11 @@ class _Watch(TorchFunctionMode):
             _refuse_custom(func, (*args, *kwargs.values()))
         if func is torch.lstm:
             # the fused kernel of the CPU has no forward derivative, the composed one has
-            with torch.backends.mkldnn.flags(enabled=False):
+            with _without_mkldnn():
                 return func(*args, **kwargs)
+        if func is torch.nn.functional.group_norm and args:
+            # its forward derivative takes views that a channels-last input does not have
+            args = (args[0].contiguous(), *args[1:])
         return func(*args, **kwargs)
 
     def _refuse_hidden(self, func: Any, arguments: Sequence[Any]) -> None:
@@ -169,6 +172,17 @@ class _Watch(TorchFunctionMode):
                 f"(by {getattr(func, '__name__', func)}), where its tangent is lost. For a checkpoint pass "
                 f"use_reentrant=False; else: {_WAY_OUT}"
             )
+
+
+@contextmanager
+def _without_mkldnn() -> Iterator[None]:
+    # not torch.backends.mkldnn.flags: it also sets TF32, and warns about it at every call
+    enabled = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(enabled)
 
 
 def _refuse_custom(func: OpOverload[Any, Any] | OpOverloadPacket[Any, Any], arguments: Sequence[Any]) -> None:

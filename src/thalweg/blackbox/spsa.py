@@ -27,8 +27,9 @@ class SPSA:
 
     The directions are never stored but drawn again from the step's key. All evaluations of one estimate see
     the same torch random numbers and the same BatchNorm statistics, and afterwards both are as after one
-    evaluation. The closure runs under `torch.no_grad()`; one that differentiates with respect to its inputs
-    has to call `torch.enable_grad()` itself.
+    evaluation. (Compile the model, not the closure around it: in a compiled function the statistics of
+    BatchNorm cannot be seen and move once per evaluation.) The closure runs under `torch.no_grad()`; one that
+    differentiates with respect to its inputs has to call `torch.enable_grad()` itself.
 
     Args:
         samples: directions per estimate, at least 1.
