@@ -128,7 +128,7 @@ def _grid_sweep(
     elif isinstance(policy, Discrete):
         kept = tuple(states)
     else:
-        kept = (*states, *found[-1], *(memory[:width] if isinstance(policy, Reversible) else ()))
+        kept = (*states, *_end(outputs, found), *(memory[:width] if isinstance(policy, Reversible) else ()))
 
     def run(inputs: State, kept: State, cotangents: State) -> Gradients:
         grid, given = problem.grid(), _by_time(cotangents)
@@ -137,9 +137,9 @@ def _grid_sweep(
         recorder.gradients = [None] * len(recorder.captured)
         if isinstance(policy, Reversible):
             _, end, hat = states
-            result = reverse_reversible_heun(recorder, first, end, hat, grid, given)
+            result = reverse_reversible_heun(recorder, first, _last(end, first), hat, grid, given)
         elif isinstance(policy, Backsolve):
-            end = states.pop()
+            end = _last(states.pop(), first)
             result = backsolve_on_grid(recorder, policy, method, states, end, first, grid, given)
         else:
             del states[grid.steps :]
@@ -163,7 +163,7 @@ def _adaptive_sweep(
     if isinstance(policy, Discrete):
         kept = tuple(part for step in taken[1:] for part in step.y)
     else:
-        kept = outputs if getattr(policy, "restore", "") == "stored" else found[-1]
+        kept = outputs if getattr(policy, "restore", "") == "stored" else _end(outputs, found)
 
     def run(inputs: State, kept: State, cotangents: State) -> Gradients:
         given = _by_time(cotangents)
@@ -174,7 +174,7 @@ def _adaptive_sweep(
             result = adaptive.reverse_adaptive(recorder, policy, method, states, ends, times, given)
         else:
             assert isinstance(policy, Backsolve)
-            states = _by_time(kept) if policy.restore == "stored" else [kept]
+            states = _by_time(kept) if policy.restore == "stored" else [_last(kept, first)]
             result = backsolve_adaptively(recorder, policy, method, states, first, times, tolerances, given)
         return (*result, *recorder.gradients)
 
@@ -183,6 +183,15 @@ def _adaptive_sweep(
 
 def _stacked(states: list[State]) -> State:
     return tuple(torch.stack(parts) for parts in zip(*states))
+
+
+def _end(outputs: State, found: list[State]) -> State:
+    # two output times are handed out in any case; of many, the caller may look at the last one only
+    return outputs if len(found) == 2 else found[-1]
+
+
+def _last(kept: State, like: State) -> State:
+    return tuple(part[-1] if part.ndim > one.ndim else part for part, one in zip(kept, like))
 
 
 def _by_time(stacked: State) -> list[State]:
