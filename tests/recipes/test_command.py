@@ -37,6 +37,8 @@ def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
         text=True,
         cwd=cwd,
         env=ENVIRONMENT,
+        # a shell that runs the tests in the background hands down an ignored Ctrl-C
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
@@ -94,7 +96,7 @@ def test_one_interrupt_tells_how_to_resume(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert out == ""
+    assert "holds" not in out
     assert "thalweg run 91 --pause 0.05 --out 'a folder' --resume" in err
     assert "Traceback" not in err
 
