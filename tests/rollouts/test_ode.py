@@ -161,6 +161,63 @@ def test_a_field_may_return_what_it_captured(method: str, gradient: Any) -> None
         assert torch.allclose(w.grad, torch.full_like(w, 2.0 if make(1) == 1 else 4.0))
 
 
+@pytest.mark.parametrize("kind", ["argument", "copy", "func"])
+@pytest.mark.parametrize(("method", "gradient"), SWEPT[:3], ids=name)
+def test_a_field_that_is_itself_a_gradient(method: str, gradient: Any, kind: str) -> None:
+    energy = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+    def field(x: Tensor, t: Tensor) -> Tensor:
+        if kind == "func":
+            return -torch.func.grad(lambda z: energy(z).sum())(x)
+        with torch.enable_grad():
+            # the copy is a leaf of the field's own, which is no captured tensor
+            point = x.detach().requires_grad_() if kind == "copy" else x
+            point = point if point.requires_grad else point.requires_grad_()
+            return -torch.autograd.grad(energy(point).sum(), point, create_graph=True)[0] - x
+
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    times = torch.linspace(0, 1, 40, dtype=torch.float64)
+    wanted = [x, *list(energy.parameters())[:3]]
+    found = []
+    for policy in (gradient, Backprop()):
+        y = integrate(field, x, times, method=method, gradient=policy)
+        found.append(list(torch.autograd.grad(y[-1].square().sum(), wanted)))
+    assert distance(*found) < (1e-3 if isinstance(gradient, Backsolve) else 1e-10)
+
+
+def test_backward_twice_and_a_parameter_changed_between() -> None:
+    w = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    x, times = torch.ones(2, dtype=torch.float64), torch.linspace(0, 1, 5, dtype=torch.float64)
+    for method, gradient in SWEPT:
+        loss = integrate(lambda x, t: w * x, x, times, method=method, gradient=gradient)[-1].sum()
+        first, second = (torch.autograd.grad(loss, w, retain_graph=True)[0] for _ in range(2))
+        assert torch.equal(first, second)
+        with torch.no_grad():
+            w.add_(1.0)
+        with pytest.raises(RuntimeError, match="inplace"):
+            loss.backward()
+
+
+def test_backprop_stays_inside_torch_func() -> None:
+    times = torch.linspace(0, 1, 9, dtype=torch.float64)
+
+    def loss(x: Tensor, times: Tensor) -> Tensor:
+        return integrate(lambda x, t: -(x**2) * t, x, times, method="rk4")[-1].sum()
+
+    x = torch.rand(3, 2, dtype=torch.float64)
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None))(x, times)
+    assert torch.allclose(each, torch.func.grad(loss)(x, times), rtol=1e-12)
+    # forward mode by the times, against reverse mode
+    direction = torch.randn(9, dtype=torch.float64)
+    _, tangent = torch.func.jvp(lambda t: loss(x, t), (times,), (direction,))
+    assert torch.allclose(tangent, torch.func.grad(loss, argnums=1)(x, times) @ direction, rtol=1e-10)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(times, direction)
+        assert torch.allclose(
+            torch.autograd.forward_ad.unpack_dual(loss(x, dual)).tangent, tangent, rtol=1e-12
+        )
+
+
 def test_hooks_of_a_parameter_see_its_whole_gradient_once() -> None:
     w = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
     seen: list[Tensor] = []

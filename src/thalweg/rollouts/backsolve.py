@@ -66,10 +66,12 @@ class _Adjoint:
 
     def __call__(self, joined: State, time: Tensor, _key: Hashable = None) -> State:
         leaves, outputs = self.recorder.graph(joined[: self.width], time)
-        self.recorder.check(leaves, outputs)
+        unmet = self.recorder.unmet(leaves, outputs)
         slope = tuple(part.detach() for part in outputs)
         self.recorder.gradients = [None] * len(self.totals)
         pulled = self.recorder.pull(leaves, outputs, joined[self.width :])
+        del leaves, outputs
+        self.recorder.refuse(unmet)
         shares = [
             torch.zeros_like(total) if share is None else share.neg_()
             for total, share in zip(self.totals, self.recorder.gradients)

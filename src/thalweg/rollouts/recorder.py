@@ -8,6 +8,7 @@ of earlier operations (an embedding computed outside), and then dropped.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -67,22 +68,22 @@ class Recorder:
     def value(self, state: State, time: Tensor, key: Hashable) -> State:
         """Evaluate in the forward: the result without a graph; what it closes over is noted."""
         before = self._random_states()
-        with torch.enable_grad(), self._as_in_forward():
-            # the first time with a leaf below, so that frozen layers leave nodes too and can be looked at
-            inputs = state if self.evaluations else tuple(_leaf(part) for part in state)
-            outputs = self._run(inputs, time)
-            if not self._note(outputs, inputs):
-                self._set_random_states(before)
-                self._cut = _Cut(self._marker)
-                outputs = self._run(inputs, time)
-                if not self._note(outputs, inputs):
-                    raise UnsupportedError(
-                        f"{self._name}: the field closes over a tensor that is the result of earlier "
-                        "operations, and uses it where it cannot be seen (a compiled or custom function). "
-                        "Make it a part of the state, or use Backprop() or Checkpointed()"
-                    )
+        # the first time with a leaf below, so that frozen layers leave nodes too and can be looked at
+        inputs = state if self.evaluations else tuple(_leaf(part) for part in state)
+        found, result, complete = self._recorded(inputs, time)
+        if not complete and self._cut is None:
+            self._set_random_states(before)
+            self._cut = _Cut(self._marker)
+            found, result, complete = self._recorded(inputs, time)
+        if not complete:
+            raise UnsupportedError(
+                f"{self._name}: the field closes over a tensor that is the result of earlier operations, and "
+                "uses it where it cannot be seen (a compiled or custom function). Make it a part of the "
+                "state, or use Backprop() or Checkpointed()"
+            )
         self._compare_random_states(before, key)
-        return tuple(output.detach() for output in outputs)
+        self._note(found, inputs)
+        return result
 
     def graph(self, state: State, time: Tensor, key: Hashable = None) -> tuple[State, State]:
         """Evaluate again with a graph: the state as leaves, and the result attached to them."""
@@ -95,14 +96,19 @@ class Recorder:
                 stack.enter_context(self._random_states_set(draws))
             return leaves, self._run(leaves, time)
 
-    def check(self, leaves: State, outputs: State) -> None:
-        """Refuse a graph that reaches a tensor which the forward did not meet."""
-        found, _ = _boundary(outputs, None)
+    def unmet(self, leaves: State, outputs: State) -> list[weakref.ref[Tensor]]:
+        """The leaves below a graph that the forward did not meet; for `refuse`, when the graph is gone."""
         known = self._known | {id(leaf) for leaf in leaves}
-        for tensor in found:
-            if id(tensor) not in known:
+        found, _ = _boundary(outputs, None)
+        return [weakref.ref(leaf) for leaf in found if id(leaf) not in known]
+
+    def refuse(self, unmet: list[weakref.ref[Tensor]]) -> None:
+        """Raise if any of them outlived the graph, and so is not one that the function made for itself."""
+        for reference in unmet:
+            leaf = reference()
+            if leaf is not None:
                 raise UnsupportedError(
-                    f"{self._name}: the backward meets a captured tensor of shape {tuple(tensor.shape)} that "
+                    f"{self._name}: the backward meets a captured tensor of shape {tuple(leaf.shape)} that "
                     "the forward did not use, so its gradient has nowhere to go. Use Discrete() or Backprop()"
                 )
 
@@ -139,19 +145,23 @@ class Recorder:
             # a view, so that a field which returns the captured tensor itself is seen too
             return tuple(output.view_as(output) for output in self._function(state, time))
 
-    def _note(self, outputs: State, inputs: State) -> bool:
+    def _recorded(self, inputs: State, time: Tensor) -> tuple[list[weakref.ref[Tensor]], State, bool]:
+        with torch.enable_grad(), self._as_in_forward():
+            outputs = self._run(inputs, time)
         leaves, complete = _boundary(outputs, self._marker)
-        if not complete and self._cut is None:
-            return False
+        return [weakref.ref(leaf) for leaf in leaves], tuple(o.detach() for o in outputs), complete
+
+    def _note(self, found: list[weakref.ref[Tensor]], inputs: State) -> None:
         originals = self._cut.originals if self._cut is not None else {}
         mine = {id(part) for part in inputs}
-        for leaf in leaves:
-            if id(leaf) not in self._known and id(leaf) not in mine:
+        for reference in found:
+            # the graph is gone by now, and with it the leaves that the function made for itself
+            leaf = reference()
+            if leaf is not None and id(leaf) not in self._known and id(leaf) not in mine:
                 self._known.add(id(leaf))
                 self._targets.append(leaf)
                 self.captured.append(originals.get(id(leaf), leaf))
                 self.gradients.append(None)
-        return complete
 
     @contextmanager
     def _as_in_forward(self) -> Iterator[None]:
