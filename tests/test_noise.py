@@ -15,7 +15,7 @@ from torch.func import grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 from thalweg.errors import ArgumentError, ArgumentTypeError
-from thalweg.noise import Key, fresh_key, normal, rademacher, uniform
+from thalweg.noise import Key, fresh_key, normal, rademacher, replayed, uniform
 
 DRAWS = {"uniform": uniform, "normal": normal, "rademacher": rademacher}
 MEAN = {"uniform": 0.5, "normal": 0.0, "rademacher": 0.0}
@@ -274,6 +274,13 @@ def test_fields_of_a_key_are_integers_of_at_least_zero(field: str) -> None:
         with pytest.raises(error) as refusal:
             Key(**({"seed": 0} | {field: wrong}))
         assert refusal.value.argument == field
+
+
+def test_what_is_no_tensor_or_no_function_is_refused_by_name() -> None:
+    with pytest.raises(ArgumentTypeError, match=r"^like: expected a tensor"):
+        fresh_key(None)
+    with pytest.raises(ArgumentTypeError, match=r"^body: expected a function"):
+        replayed(torch.zeros(1))
 
 
 def test_a_device_no_torch_knows_is_refused() -> None:

@@ -1,6 +1,7 @@
 """Parameters: as a vector, borrowed for a while, given their gradients the way autograd would."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -89,6 +90,23 @@ def test_a_vector_comes_apart_again(shapes: list[list[int]], dtype: torch.dtype)
     for back, tensor in zip(unvector(flat, tensors), tensors, strict=True):
         assert torch.equal(back, tensor)
         assert back.dtype == dtype
+
+
+@pytest.mark.parametrize(
+    ("call", "named"),
+    [
+        (lambda: vector([]), "tensors"),
+        (lambda: vector(3), "tensors"),
+        (lambda: vector(torch.ones(2, 2)), "tensors"),
+        (lambda: vector([torch.ones(1), 2.0]), "tensors[1]"),
+        (lambda: unvector([1.0], [torch.ones(1)]), "flat"),
+        (lambda: fill_gradients([nn.Parameter(torch.ones(1))], [1.0]), "gradients[0]"),
+    ],
+)
+def test_what_is_no_tensor_is_refused_by_name(call: Callable[[], object], named: str) -> None:
+    with pytest.raises((ArgumentError, ArgumentTypeError)) as refusal:
+        call()
+    assert refusal.value.argument == named
 
 
 def test_a_vector_of_another_length_is_refused() -> None:

@@ -10,7 +10,8 @@ from torch's default CPU generator by `fresh_key`, so that `torch.manual_seed` g
 checkpointing replays it; units such as `thalweg.BinaryNeuron` use that one.
 
 The numbers themselves come from torch's generators. Those of CPU and CUDA differ, so a key may be bound to a
-device and then refuses another.
+device and then refuses another. The CPU's generator reads 32 bits of a seed: there two different keys name
+the same numbers with a chance of 2^-32.
 """
 
 from __future__ import annotations
@@ -103,6 +104,8 @@ def fresh_key(like: Tensor) -> Tensor:
         >>> uniform(logits, fresh_key(logits)).shape
         torch.Size([2])
     """
+    if not isinstance(like, Tensor):
+        raise ArgumentTypeError("like", like, "a tensor")
     # the compiler merges equal calls even of seeded operators, but never two calls of `empty`: an empty
     # tensor of its own keeps this key apart from its twins
     key: Tensor = _fresh_key(like.detach(), torch.empty(0, device="cpu"))
@@ -127,6 +130,8 @@ def replayed(body: Callable[[], T], devices: Iterable[torch.device] = ()) -> Cal
         >>> bool((draw() == draw()).all())
         True
     """
+    if not callable(body):
+        raise ArgumentTypeError("body", body, "a function without arguments")
     modules = [
         (torch.get_device_module(device), device)
         for device in sorted(set(devices), key=str)

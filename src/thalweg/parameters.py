@@ -58,19 +58,32 @@ def collect(parameters: Iterable[Tensor], argument: str = "parameters") -> tuple
 def vector(tensors: Iterable[Tensor]) -> Tensor:
     """Concatenate tensors into one vector, in order.
 
+    Raises:
+        ArgumentTypeError, ArgumentError: not an iterable of tensors, or none at all.
+
     Example:
         >>> vector([torch.zeros(2, 2), torch.ones(1)])
         tensor([0., 0., 0., 0., 1.])
     """
-    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        raise ArgumentTypeError("tensors", tensors, "an iterable of tensors")
+    found = list(tensors)
+    for index, tensor in enumerate(found):
+        if not isinstance(tensor, Tensor):
+            raise ArgumentTypeError(f"tensors[{index}]", tensor, "a tensor")
+    if not found:
+        raise ArgumentError("tensors", "none", "at least one tensor")
+    return torch.cat([tensor.reshape(-1) for tensor in found])
 
 
 def unvector(flat: Tensor, like: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Cut a vector of shape (total,) back into tensors of the shapes and dtypes of `like`.
 
     Raises:
-        ArgumentError: the length is not the sum of the sizes.
+        ArgumentTypeError, ArgumentError: not a tensor, or its length is not the sum of the sizes.
     """
+    if not isinstance(flat, Tensor):
+        raise ArgumentTypeError("flat", flat, "a vector")
     total = sum(tensor.numel() for tensor in like)
     if flat.shape != (total,):
         raise ArgumentError("flat", flat, f"a vector of shape ({total},)")
@@ -86,7 +99,7 @@ def fill_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | No
         gradients: one tensor of the same shape per parameter, or None where there is none.
 
     Raises:
-        ArgumentError: the numbers or the shapes differ.
+        ArgumentTypeError, ArgumentError: not tensors, or the numbers or the shapes differ.
         NonFiniteError: a gradient holds nan or infinity in the dtype of its parameter; nothing was filled.
 
     Example:
@@ -98,6 +111,8 @@ def fill_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | No
     if len(parameters) != len(gradients):
         raise ArgumentError("gradients", f"{len(gradients)} of them", f"{len(parameters)}, one per parameter")
     for index, (parameter, gradient) in enumerate(zip(parameters, gradients)):
+        if gradient is not None and not isinstance(gradient, Tensor):
+            raise ArgumentTypeError(f"gradients[{index}]", gradient, "a tensor or None")
         if gradient is not None and gradient.shape != parameter.shape:
             raise ArgumentError(f"gradients[{index}]", gradient, f"shape {tuple(parameter.shape)}")
     # a copy: `.grad` takes over what it is handed, and the next accumulation would write into it

@@ -217,6 +217,8 @@ def backward(
     with refuse_wrappers(type(rule).__name__):
         estimate = rule.estimate(closure, found, key if key is not None else draw_key())
     require_finite("the loss", estimate.loss)
+    if estimate.gradients and all(gradient is None for gradient in estimate.gradients):
+        raise ArgumentError("closure", estimate.loss, "a loss that depends on the parameters", _CUT)
     fill_gradients(found, estimate.gradients)
     return estimate.loss
 

@@ -50,6 +50,7 @@ def test_probabilities_sum_to_one_and_gradients_agree():
         (lambda: BernoulliNet(gates=0), "gates"),
         (lambda: BernoulliNet(gates=17), "gates"),
         (lambda: BernoulliNet(batch=1.0), "batch"),
+        (lambda: BernoulliNet(gates=1).moments(None), "estimator"),
     ],
 )
 def test_bad_input_is_refused_by_name(call, argument):

@@ -222,6 +222,29 @@ def test_wrong_closures_are_refused(rule, closure, message):
     assert all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.parametrize("rule", [ScoreFunction(), Enumeration()], ids=repr)
+def test_parameters_that_the_losses_do_not_reach_are_refused(rule):
+    logits, other = torch.zeros(4, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
+    unit = BinaryNeuron(gradient=None)
+    with pytest.raises(ArgumentError, match="closure: expected a loss that depends on the parameters"):
+        backward(lambda: unit(logits).sum(1), [other], gradient=rule)
+    assert other.grad is None
+
+
+@pytest.mark.parametrize("baseline", ["none", "mean"])
+def test_named_losses_per_example_stay_per_example(baseline):
+    logits = torch.zeros(6, 2, requires_grad=True)
+    unit, rule = BinaryNeuron(gradient=None), ScoreFunction(baseline)
+    found = []
+    for closure in (
+        lambda: {"a": unit(logits).sum(1), "b": torch.ones(6)},
+        lambda: unit(logits).sum(1) + 1,
+    ):
+        torch.manual_seed(3)
+        found.append(rule.estimate(closure, [logits], Key(0)).gradients[0])
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("rule", [ScoreFunction(), Enumeration()])
 def test_units_whose_score_would_be_lost_are_refused(rule):
     net, x = unit_net(), torch.randn(5, 3)

@@ -226,6 +226,7 @@ def test_any_shape_and_dtype(shape, dtype, training):
         (lambda: BinaryNeuron(gradient="straight-through"), "gradient"),
         (lambda: BinaryNeuron(gradient=StraightThrough), "gradient"),
         (lambda: BinaryNeuron(threshold="0"), "threshold"),
+        (lambda: BinaryNeuron(threshold=float("nan")), "threshold"),
         (lambda: BinaryNeuron()(torch.zeros(2, dtype=torch.long)), "logits"),
         (lambda: BinaryNeuron()(torch.zeros(2, dtype=torch.complex64)), "logits"),
     ],

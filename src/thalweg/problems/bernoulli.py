@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from thalweg.errors import ArgumentError, require_integer
+from thalweg.errors import ArgumentError, ArgumentTypeError, require_integer
 from thalweg.noise import Key, normal
 from thalweg.score import bernoulli_log_probability
 from thalweg.stochastic.neurons import BinaryNeuron, StraightThrough
@@ -116,6 +116,8 @@ class BernoulliNet(nn.Module):
         Returns:
             The mean, shape (batch, K), and the variance of each entry, shape (batch, K).
         """
+        if not callable(estimator):
+            raise ArgumentTypeError("estimator", estimator, "a function of outcomes, logits and losses")
         outcomes = self._everyone().clone().requires_grad_()
         logits = self.logits().detach().expand(len(outcomes), -1, -1)
         estimates = estimator(outcomes, logits, self.losses(outcomes)).detach()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from thalweg import noise
-from thalweg.errors import ArgumentTypeError, UnsupportedError, require_choice, require_floating
+from thalweg.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    UnsupportedError,
+    require_choice,
+    require_floating,
+)
 from thalweg.gates.straight_through import Slope, straight_through
 from thalweg.stochastic import tape
 
@@ -60,6 +67,7 @@ class BinaryNeuron(nn.Module):
 
     Raises:
         ArgumentTypeError: `gradient` is not one of the two, or logits are not floating point.
+        ArgumentError: the threshold is nan, above which nothing lies.
         UnsupportedError: derivatives of a unit with `gradient=None` outside of an estimator.
 
     Example:
@@ -78,6 +86,8 @@ class BinaryNeuron(nn.Module):
             raise ArgumentTypeError("gradient", gradient, "StraightThrough() or None", mend)
         if isinstance(threshold, bool) or not isinstance(threshold, int | float):
             raise ArgumentTypeError("threshold", threshold, "a number")
+        if math.isnan(threshold):
+            raise ArgumentError("threshold", threshold, "a number, possibly infinite")
         self.gradient = gradient
         self.threshold = threshold
 
