@@ -17,6 +17,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,6 @@ THREE_EIGHTHS = Tableau(
 )
 PEERS = {"euler": "euler", "heun": "heun2", "rk4 (3/8)": "rk4", "dopri5": "dopri5", "reversible_heun": None}
 TOLERANCES = {"rtol": 1e-6, "atol": 1e-8}
-UNSAID = {"segments=None", "budget=None", "whole=0", "on='device'"}
 Solve = Callable[[], Tensor]
 
 
@@ -77,7 +77,7 @@ def routes(method: str, field: Field, x: Tensor, steps: int) -> dict[str, Solve]
     settings: dict[str, Any] = TOLERANCES if adaptive else {"steps_between": steps}
     solver = THREE_EIGHTHS if method == "rk4 (3/8)" else method
     for policy in policies:
-        found[shown(str(policy))] = lambda policy=policy: integrate(
+        found[shown(policy)] = lambda policy=policy: integrate(
             lambda x, t: field(t, x), x, times, method=solver, gradient=policy, **settings
         )[-1]
     return found
@@ -116,7 +116,7 @@ def measure(method: str, dim: int, width: int, batch: int, steps: int, repeats: 
         leaves,
     )
     solves = routes(method, field, x, steps)
-    own = gradient(solves["Backprop"], leaves)
+    own = gradient(solves[shown(Backprop())], leaves)
     rows = []
     for name, solve in solves.items():
         field.evaluations = 0
@@ -142,11 +142,12 @@ def measure(method: str, dim: int, width: int, batch: int, steps: int, repeats: 
     return rows
 
 
-def shown(route: str) -> str:
-    """A policy without the fields it leaves alone."""
-    name, _, fields = route.partition("(")
-    given = [f for f in fields.rstrip(")").split(", ") if f and f not in UNSAID]
-    return f"{name}({', '.join(given)})" if given else name
+def shown(policy: Any) -> str:
+    """A policy without the fields it leaves at their defaults."""
+    given = [
+        (f.name, getattr(policy, f.name)) for f in fields(policy) if getattr(policy, f.name) != f.default
+    ]
+    return f"{type(policy).__name__}({', '.join(f'{name}={value!r}' for name, value in given)})"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

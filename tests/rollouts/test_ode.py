@@ -83,6 +83,14 @@ def test_exact_policies_equal_backprop(method: Any, gradient: Any) -> None:
     assert distance(found, wanted) < 1e-10
 
 
+def test_reversible_steps_are_undone_to_round_off() -> None:
+    """Spec: back at the start after hundreds of steps, and the gradient still that of autograd."""
+    y, found = problem("reversible_heun", Reversible(), between=100)
+    reference, wanted = problem("reversible_heun", Backprop(), between=100)
+    assert torch.equal(y, reference)
+    assert distance(found, wanted) < 1e-10
+
+
 @pytest.mark.parametrize("method", [*METHODS, KUTTA3, HEUN3, MIDPOINT], ids=name)
 def test_values_converge_at_the_order_of_the_method(method: Any) -> None:
     """dx/dt = x cos t, whose solution is x0 exp(sin t)."""
