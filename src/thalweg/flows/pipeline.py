@@ -1,0 +1,328 @@
+"""A reward through a diffusers pipeline, differentiated by the policy of the caller's choice."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from thalweg.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    UnsupportedError,
+    require_floating,
+    require_integer,
+)
+from thalweg.flows.schedule import read_schedule
+from thalweg.noise import Key, normal
+from thalweg.rollouts.rollout import rollout
+from thalweg.rollouts.route import Policy
+from thalweg.step import draw_key
+
+Conditions = dict[str, Tensor]
+_Embeddings = dict[str, tuple[Tensor | None, Tensor | None]]  # the positive and the negative ones
+
+
+def through(
+    pipeline: Any,
+    latents: Tensor,
+    steps: int,
+    *,
+    prompt_embeds: Tensor,
+    guidance_scale: float,
+    negative_prompt_embeds: Tensor | None = None,
+    pooled_prompt_embeds: Tensor | None = None,
+    negative_pooled_prompt_embeds: Tensor | None = None,
+    eta: float = 0.0,
+    decode: bool = True,
+    then: Callable[[Tensor], Any] | None = None,
+    gradient: Policy | None = None,
+    key: Key | None = None,
+) -> Any:
+    """Sample from a diffusers pipeline, decode, and score, with a graph that fits.
+
+    Choose it to train LoRA weights, latents or embeddings on a differentiable reward of the images, or on
+    any loss of them. The steps are those of the pipeline's own `__call__` with its own scheduler, and
+    `gradient` says how they are differentiated, as in `thalweg.rollouts.rollout`; the decoder and the reward
+    stand inside the same policy, so that `Checkpointed` moves their memory too. The pipeline is not changed:
+    scheduler, training flags, `.grad`. Its safety checker is not run.
+
+    | pipeline | what it has | its timesteps, guidance, decoding |
+    | --- | --- | --- |
+    | Stable Diffusion 1 and 2 | `unet`, `vae`, `scheduler` | as in StableDiffusionPipeline |
+    | Stable Diffusion 3 | `transformer`, `vae`, `scheduler` | as in StableDiffusion3Pipeline |
+
+    Any scheduler will do whose steps are weighted sums of latents and network outputs, multistep methods
+    included: DDIM, Euler, Heun, PNDM, LMS, DPM-Solver and DPM-Solver++, DEIS, flow matching; see
+    `thalweg.flows.schedule`. Others are refused by name. Transforms as in the policy.
+
+    Args:
+        pipeline: the pipeline, with or without LoRA adapters; nothing is imported from diffusers.
+        latents: standard normal noise, (batch, channels, height, width) of the latent space; the scheduler's
+            first standard deviation is multiplied in, as the pipeline does.
+        steps: what the pipeline calls `num_inference_steps`, at least 1.
+        prompt_embeds: (batch, tokens, width), as `pipeline.encode_prompt` returns them.
+        guidance_scale: classifier-free guidance; at most 1 for none.
+        negative_prompt_embeds: of the same shape; needed with guidance.
+        pooled_prompt_embeds: (batch, width), for Stable Diffusion 3.
+        negative_pooled_prompt_embeds: of the same shape; needed with guidance there.
+        eta: the share of fresh noise in [0, 1], for DDIM.
+        decode: run the decoder; else the final latents are handed on.
+        then: what to make of the images: a reward, a loss. Images are (batch, 3, height, width), nominally in
+            [0, 1] and not clamped, because a clamp has no gradient outside; the pipeline's own images are
+            `images.clamp(0, 1)`.
+        gradient: the policy; None for `Backprop()`. For `Skipped` and masks the network is the pipeline's.
+        key: the noise of stochastic samplers and random rules; None takes one from torch's generator.
+
+    Returns:
+        What `then` returns; without it the images, or the latents with `decode=False`.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: a pipeline of another kind, or a wrong argument.
+        UnsupportedError: a scheduler or a setting of the pipeline that cannot be served; the message says
+            what can.
+        NonFiniteError: the result holds nan or infinity.
+
+    Paper:
+        Prabhudesai, Goyal, Pathak, Fragkiadaki: Aligning Text-to-Image Diffusion Models with Reward
+        Backpropagation. arXiv 2310.03739, 2023.
+
+    Example:
+        >>> from thalweg.rollouts import Checkpointed
+        >>> def train(pipe, optimizer, reward, embeds, negative):
+        ...     latents = torch.randn(len(embeds), 4, 64, 64)
+        ...     loss = through(pipe, latents, 50, prompt_embeds=embeds, negative_prompt_embeds=negative,
+        ...                    guidance_scale=7.5, then=lambda images: -reward(images).mean(),
+        ...                    gradient=Checkpointed(budget="10GiB"))
+        ...     loss.backward()
+        ...     optimizer.step()
+    """
+    family = _family(pipeline)
+    network = getattr(pipeline, family.network)
+    require_integer("steps", steps, 1)
+    _require_latents(latents, _base(network), pipeline)
+    guidance = _number("guidance_scale", guidance_scale, 0.0, math.inf)
+    eta = _number("eta", eta, 0.0, 1.0)
+    if not isinstance(decode, bool):
+        raise ArgumentTypeError("decode", decode, "True or False")
+    if then is not None and not callable(then):
+        raise ArgumentTypeError("then", then, "a function of the images, or None")
+    given: _Embeddings = {"prompt_embeds": (prompt_embeds, negative_prompt_embeds)}
+    pooled = (pooled_prompt_embeds, negative_pooled_prompt_embeds)
+    if family.pooled:
+        given["pooled_prompt_embeds"] = pooled
+    elif any(value is not None for value in pooled):
+        raise ArgumentError("pooled_prompt_embeds", pooled[0], f"None for {type(pipeline).__name__}")
+    conditions = _conditions(given, len(latents), guidance > 1)
+    mu = _time_shift(pipeline.scheduler, _base(network), latents) if family.shifts_time else None
+    schedule = read_schedule(pipeline.scheduler, steps, eta=eta, mu=mu, scales_input=family.scales_latents)
+    if key is None and schedule.noisy:
+        key = draw_key()
+    predict = family.predict
+
+    def step(
+        network: Any, state: tuple[Tensor, ...], k: int, time: Tensor, key: Key | None = None
+    ) -> tuple[Tensor, ...]:
+        update = schedule.updates[k]
+        seen = state[0] if update.scale == 1 else state[0] * update.scale
+        if guidance > 1:
+            seen = torch.cat([seen, seen])
+        output = predict(network, seen, time, conditions)
+        if guidance > 1:
+            without, conditioned = output.chunk(2)
+            output = torch.lerp(without, conditioned, guidance)
+        noise = normal(state[0], key) if key is not None and update.noise else None
+        return schedule.advance(k, state, output, noise)
+
+    result = rollout(
+        step,
+        schedule.begin(latents * schedule.start if family.scales_latents else latents),
+        len(schedule.times),
+        gradient=gradient,
+        network=network,
+        then=_read_out(pipeline.vae, family.shifts_latents, decode, then),
+        inputs=schedule.timesteps(latents.device),
+        key=key,
+    )
+    return result
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What sets one kind of pipeline apart.
+
+    Args:
+        network: the name of its network.
+        arguments: what the network's `forward` must take.
+        predict: calls it.
+        pooled: whether it has pooled embeddings.
+        scales_latents: whether it multiplies by the scheduler's `init_noise_sigma` and `scale_model_input`.
+        shifts_time: whether it tells the scheduler a time shift.
+        shifts_latents: whether it adds the decoder's `shift_factor`.
+    """
+
+    network: str
+    arguments: frozenset[str]
+    predict: Callable[[Any, Tensor, Tensor, Conditions], Tensor]
+    pooled: bool
+    scales_latents: bool
+    shifts_time: bool
+    shifts_latents: bool
+
+
+def _through_unet(network: Any, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+    output: Tensor = network(x, time, encoder_hidden_states=conditions["prompt_embeds"], return_dict=False)[0]
+    return output
+
+
+def _through_transformer(network: Any, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
+    output: Tensor = network(
+        hidden_states=x,
+        timestep=time.expand(len(x)),
+        encoder_hidden_states=conditions["prompt_embeds"],
+        pooled_projections=conditions["pooled_prompt_embeds"],
+        return_dict=False,
+    )[0]
+    return output
+
+
+_FAMILIES = (
+    _Family(
+        "unet",
+        frozenset({"sample", "timestep", "encoder_hidden_states"}),
+        _through_unet,
+        pooled=False,
+        scales_latents=True,
+        shifts_time=False,
+        shifts_latents=False,
+    ),
+    _Family(
+        "transformer",
+        frozenset({"hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"}),
+        _through_transformer,
+        pooled=True,
+        scales_latents=False,
+        shifts_time=True,
+        shifts_latents=True,
+    ),
+)
+_KNOWN = "a text-to-image pipeline of the kind of StableDiffusionPipeline or StableDiffusion3Pipeline"
+# further inputs that a network of the right signature may be configured to need
+_FURTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
+
+
+def _family(pipeline: Any) -> _Family:
+    def refuse(why: str) -> ArgumentTypeError:
+        mend = f"{why} Write its step yourself and pass it to thalweg.rollouts.rollout."
+        return ArgumentTypeError("pipeline", type(pipeline), _KNOWN, mend)
+
+    for part in ("scheduler", "vae"):
+        if getattr(pipeline, part, None) is None:
+            raise refuse(f"It has no {part}.")
+    call = inspect.signature(type(pipeline).__call__).parameters if callable(pipeline) else {}
+    for name in ("image", "mask_image", "control_image"):
+        if name in call:
+            raise refuse(f"Its loop takes {name}.")
+    for family in _FAMILIES:
+        network = getattr(pipeline, family.network, None)
+        if network is None:
+            continue
+        found = frozenset(inspect.signature(_base(network).forward).parameters)
+        if not family.arguments <= found or "img_ids" in found:
+            raise refuse(f"Its {family.network}, {type(network).__name__}, takes other arguments.")
+        for name in _FURTHER_INPUTS:
+            if getattr(_base(network).config, name, None) is not None:
+                raise refuse(f"Its {family.network} needs further inputs ({name}).")
+        if getattr(pipeline, "_all_hooks", None):
+            raise UnsupportedError(
+                f"{type(pipeline).__name__}: its parts are moved off the device between calls, and a "
+                "backward would find them gone. Call pipeline.remove_all_hooks() and pipeline.to(device), "
+                "and let Checkpointed(budget=...) make it fit"
+            )
+        return family
+    raise refuse("It has neither a unet nor a transformer.")
+
+
+def _base(network: Any) -> Any:
+    """The network below a compiler's or an adapter's wrapper."""
+    network = getattr(network, "_orig_mod", network)
+    return network.get_base_model() if hasattr(network, "get_base_model") else network
+
+
+def _read_out(
+    vae: Any, shifts: bool, decode: bool, then: Callable[[Tensor], Any] | None
+) -> Callable[[tuple[Tensor, ...]], Any]:
+    scale = vae.config.scaling_factor
+    shift = getattr(vae.config, "shift_factor", None) or 0.0
+
+    def read(state: tuple[Tensor, ...]) -> Any:
+        found = state[0]
+        if decode:
+            found = found / scale
+            found = vae.decode(found + shift if shifts else found, return_dict=False)[0] * 0.5 + 0.5
+        return found if then is None else then(found)
+
+    return read
+
+
+def _conditions(given: _Embeddings, batch: int, guided: bool) -> Conditions:
+    """Check the embeddings, and put the negative ones before the others, as guidance wants them."""
+    mend = "pipeline.encode_prompt makes them from text."
+    found = {}
+    for name, (embeds, negative) in given.items():
+        for argument, value in ((name, embeds), (f"negative_{name}", negative)):
+            if value is None and (argument == name or guided):
+                why = "a tensor, since guidance_scale is above 1" if argument != name else "a tensor"
+                raise ArgumentTypeError(argument, None, why, mend)
+            if value is None:
+                continue
+            dimensions = 2 if name.startswith("pooled") else 3
+            if require_floating(argument, value).ndim != dimensions or len(value) != batch:
+                raise ArgumentError(argument, value, f"{dimensions} dimensions, the first of {batch}", mend)
+        assert embeds is not None
+        if guided:
+            assert negative is not None
+            if negative.shape != embeds.shape:
+                raise ArgumentError(
+                    f"negative_{name}", negative, f"the shape {tuple(embeds.shape)} of {name}"
+                )
+            embeds = torch.cat([negative, embeds])
+        found[name] = embeds
+    return found
+
+
+def _require_latents(latents: Tensor, network: Any, pipeline: Any) -> None:
+    require_floating("latents", latents)
+    channels = network.config.in_channels
+    if latents.ndim != 4 or latents.shape[1] != channels or not len(latents):
+        expected = f"shape (batch, {channels}, height, width)"
+        raise ArgumentError("latents", latents, expected, "Images are not latents: the decoder makes them.")
+    if channels != pipeline.vae.config.latent_channels:
+        mend = "A network with further channels (inpainting, depth) has another loop."
+        raise ArgumentTypeError("pipeline", type(pipeline), _KNOWN, mend)
+
+
+def _time_shift(scheduler: Any, network: Any, latents: Tensor) -> float | None:
+    """Stable Diffusion 3's `mu`: linear in the number of patches, for schedulers with dynamic shifting."""
+    config = scheduler.config
+    if not config.get("use_dynamic_shifting"):
+        return None
+    patches = math.prod(size // network.config.patch_size for size in latents.shape[2:])
+    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
+    slope = (high - low) / (many - few)
+    return float(slope * patches + low - slope * few)
+
+
+def _number(argument: str, value: object, least: float, most: float) -> float:
+    expected = f"a number from {least:g} to {most:g}" if math.isfinite(most) else f"a number from {least:g}"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ArgumentTypeError(argument, value, expected)
+    if not (math.isfinite(value) and least <= value <= most):
+        raise ArgumentError(argument, value, expected)
+    return float(value)
