@@ -193,3 +193,29 @@ def test_a_step_that_no_route_can_run_raises_its_own_error():
     model = nn.Linear(4, 1)
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         tw.compare(None, (model, lambda: model(torch.ones(2, 5)).sum(), list(model.parameters())))
+
+
+def test_a_step_of_its_own_is_held_against_the_gradient_of_the_first_step():
+    model = nn.Linear(4, 1)
+    x, parameters = torch.randn(8, 4), list(model.parameters())
+
+    def half():
+        return 0.5 * model(x).square().mean()
+
+    (row,) = tw.compare({"half": (model, half, parameters)}, (model, lambda: 2 * half(), parameters)).rows
+    assert (row.cosine, row.norm_ratio, row.bias) == pytest.approx((1.0, 0.5, -0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("standard_error", 0), ("seconds", -1.0), ("limit", 1), ("seed", -1), ("standard_error", float("nan"))],
+)
+def test_wrong_numbers_are_named_before_anything_runs(name: str, value: float) -> None:
+    with pytest.raises(ArgumentError, match=name):
+        tw.compare(None, smooth_step, **{name: value})
+
+
+def test_a_slow_step_is_drawn_less_often() -> None:
+    """The time a route may take bounds its draws, and the row says how many they were."""
+    rows = tw.compare({"spsa": tw.SPSA()}, smooth_step, seconds=1e-6).rows
+    assert rows[0].draws == 8

@@ -41,14 +41,16 @@ class StepOptions:
     Args:
         routes: names among those that suit the step; none for all.
         standard_error: draw until the bias of a route is known this well ...
-        limit: ... but at most this often.
+        limit: ... but at most this often ...
+        seconds: ... and no longer than about this per route.
         seed: names the random draws.
         json: print the outcome as JSON, and nothing else, on standard output.
     """
 
     routes: tuple[str, ...] = ()
     standard_error: float = 0.05
-    limit: int = 400
+    limit: int = 1000
+    seconds: float = 4.0
     seed: int = 0
     json: bool = False
 
@@ -126,6 +128,7 @@ def _compare_step(source: str, arguments: list[str]) -> int:
             step,
             standard_error=options.standard_error,
             limit=options.limit,
+            seconds=options.seconds,
             seed=options.seed,
             on_row=progress,
         )

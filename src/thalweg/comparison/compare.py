@@ -11,7 +11,14 @@ from torch import Tensor
 from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
 from thalweg.comparison.measure import measure
 from thalweg.comparison.rows import Comparison, Row
-from thalweg.errors import ArgumentError, ArgumentTypeError, NonFiniteError, UnsupportedError
+from thalweg.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    NonFiniteError,
+    UnsupportedError,
+    require_integer,
+    require_positive,
+)
 from thalweg.noise import Key
 from thalweg.parameters import isolated
 from thalweg.step import Backprop, Rule, Step, as_step
@@ -44,7 +51,8 @@ def compare(
     *,
     reference: Rule | None = None,
     standard_error: float = 0.05,
-    limit: int = 400,
+    limit: int = 1000,
+    seconds: float = 4.0,
     seed: int = 0,
     on_row: Callable[[Row], None] | None = None,
 ) -> Comparison:
@@ -61,7 +69,8 @@ def compare(
         reference: the rule whose gradient the others are held against; by default backprop, or the
             enumeration of all outcomes where units wait for a rule.
         standard_error: draw from each route until its bias is known this well ...
-        limit: ... but at most this often.
+        limit: ... but at most this often ...
+        seconds: ... and no longer than about this per route; the table's standard errors say what it came to.
         seed: names the random draws.
         on_row: called with each row as it is ready, for progress.
 
@@ -81,6 +90,10 @@ def compare(
         >>> [row.route for row in table.rows], table.rows[0].bias, table.rows[1].saved_bytes
         (['backprop', 'spsa'], 0.0, 0)
     """
+    require_positive("standard_error", standard_error)
+    require_positive("seconds", seconds)
+    require_integer("limit", limit, 2)
+    require_integer("seed", seed, 0)
     own = as_step(step)
     chosen: Mapping[str, Any] = default_routes(own) if routes is None else routes
     if not isinstance(chosen, Mapping) or not chosen:
@@ -94,7 +107,15 @@ def compare(
         try:
             # a step of its own may compute its loss in another way: hold it against this step's gradient
             exact = truth if source is own else _exact_gradient(own, truth, Key(seed))
-            measured = measure(source, rule, exact, standard_error=standard_error, limit=limit, key=Key(seed))
+            measured = measure(
+                source,
+                rule,
+                exact,
+                standard_error=standard_error,
+                limit=limit,
+                seconds=seconds,
+                key=Key(seed),
+            )
             row = Row(name, "yours", type(truth).__name__, needs=needs, **measured)
         except (UnsupportedError, ArgumentError, ArgumentTypeError, NonFiniteError) as refusal:
             row = Row(name, "yours", needs=needs, note=f"refused: {refusal}")
@@ -109,7 +130,13 @@ def compare(
         # no route is to blame: the step does not run
         raise failures[0]
     size = sum(parameter.numel() for parameter in own.parameters)
-    settings = {"parameters": size, "standard_error": standard_error, "limit": limit, "seed": seed}
+    settings = {
+        "parameters": size,
+        "standard_error": standard_error,
+        "limit": limit,
+        "seconds": seconds,
+        "seed": seed,
+    }
     return Comparison("your step", verdict(rows, size), tuple(rows), settings)
 
 

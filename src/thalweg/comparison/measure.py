@@ -21,6 +21,7 @@ def measure(
     judged: Sequence[Tensor] | None = None,
     standard_error: float = 0.05,
     limit: int = 60_000,
+    seconds: float | None = None,
     key: Key | None = None,
 ) -> dict[str, Any]:
     """Cost and fidelity of a route.
@@ -31,7 +32,8 @@ def measure(
         reference: the exact gradient, or the rule that computes it.
         judged: the parameters whose gradient is held against the exact one; all of the step's by default.
         standard_error: draw until the bias is known this well.
-        limit: at most this many draws.
+        limit: at most this many draws ...
+        seconds: ... and no more than fit into about this time, but at least 8; None for any time.
         key: names the random draws.
 
     Returns:
@@ -45,6 +47,8 @@ def measure(
         "peak_bytes": price.peak_bytes,
         "ms_per_step": price.milliseconds,
     }
+    if seconds is not None:
+        limit = max(8, min(limit, int(1000 * seconds / max(price.milliseconds, 1e-3))))
     try:
         right = fidelity(
             step if judged is None else step._replace(parameters=judged),
