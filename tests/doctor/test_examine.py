@@ -4,6 +4,7 @@ import importlib
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -320,3 +321,29 @@ def test_the_mean_of_an_empty_batch_is_where_the_nan_is_from():
     (finding,) = examine(model, lambda: model(torch.ones(0, 4)).mean()).findings
     assert (finding.code, finding.severity) == ("V4", 3)
     assert "first at mean" in finding.title
+
+
+def test_a_frozen_module_behind_a_learned_one_has_to_keep_its_activations():
+    model = nn.ModuleDict({"made": nn.Linear(8, 4), "judge": nn.Sequential(nn.Linear(4, 256), nn.Tanh())})
+    model["judge"].requires_grad_(False)
+    x = torch.randn(16, 8)
+    report = examine(model, lambda: model["judge"](model["made"](x)).square().mean())
+    assert report["G.bytes"]["judge.1"] > report["G.total_bytes"] / 2
+    assert report.findings == ()
+
+
+def test_every_term_of_a_mapping_sees_the_same_noise_and_numpy_draws_are_given_back():
+    model, x = nn.Linear(4, 1), torch.randn(64, 4)
+
+    def noisy():
+        return (model(x + torch.randn(64, 4)) * float(np.random.rand())).square().mean()  # noqa: NPY002
+
+    def plain():
+        return model(x + torch.randn(64, 4)).square().mean()
+
+    before = np.random.get_state()  # noqa: NPY002
+    assert examine(model, {"one": noisy, "other": noisy}).measurements
+    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
+    assert np.random.get_state()[2] == before[2]  # noqa: NPY002
+    norms = examine(model, {"one": plain, "other": plain})["C.norm"]
+    assert norms["one"] == norms["other"] > 0

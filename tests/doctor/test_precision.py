@@ -107,3 +107,14 @@ def test_a_batch_that_is_already_bad():
     finding = examine(model, lambda: model(x).sum()).findings[0]
     assert finding.code == "V4"
     assert "already hold nan" in finding.title
+
+
+def test_a_weight_without_gradient_is_not_counted_as_one_that_a_step_leaves_unchanged():
+    model = nn.Linear(64, 1, bias=False).bfloat16()
+    x = torch.zeros(8, 64).bfloat16()
+    x[:, 0] = 1
+    report = examine(
+        model, lambda: model(x).float().sum(), optimizer=torch.optim.SGD(model.parameters(), 1.0)
+    )
+    assert report["A.unfelt_updates"] == {"weight": 0.0}
+    assert "V3" not in report.codes

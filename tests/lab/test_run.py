@@ -240,3 +240,17 @@ def test_nothing_is_handed_in_before_the_run_begins(tmp_path: Path) -> None:
         lab.log(loss=1)
     with pytest.raises(ArgumentError, match="with Lab"):
         lab.plan(3)
+
+
+def test_replacing_a_run_deletes_nothing_outside_its_folder(tmp_path: Path) -> None:
+    with lab_in(tmp_path / "run") as lab:
+        lab.cell("one", draw, seed=0)
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine")
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text())
+    record["weights"] = [{"name": "kept", "file": "../kept.txt", "sha256": ""}]
+    path.write_text(json.dumps(record))
+    with lab_in(tmp_path / "run"):
+        pass
+    assert kept.read_text() == "mine"

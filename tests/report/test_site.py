@@ -31,9 +31,15 @@ class Links(HTMLParser):
         self.found += [value or "" for name, value in attributes if name in ("href", "src")]
 
 
-def a_run(out: Path, name: str = "06_stochastic_neurons", kind: str = "recipe", holds: bool = True) -> Path:
+def a_run(
+    out: Path,
+    name: str = "06_stochastic_neurons",
+    kind: str = "recipe",
+    holds: bool = True,
+    preset: str = "small",
+) -> Path:
     with Lab(
-        out, name=name, kind=kind, config={"note": NASTY, "rate": 0.1}, seeds=[0, 1], preset="small"
+        out, name=name, kind=kind, config={"note": NASTY, "rate": 0.1}, seeds=[0, 1], preset=preset
     ) as lab:
         for step in range(3):
             lab.log(step=step, loss=1.0 / (step + 1))
@@ -132,3 +138,14 @@ def test_a_broken_record_is_named(tmp_path: Path) -> None:
     (tmp_path / "runs" / "a" / "run.json").write_text("{half")
     with pytest.raises(ArgumentError, match=r"run\.json"):
         write_site(tmp_path / "runs", tmp_path / "site", results=tmp_path)
+
+
+@pytest.mark.parametrize(("preset", "recorded"), [("smoke", 0), ("small", 1)])
+def test_a_smoke_run_has_a_page_and_does_not_stand_for_its_paper(
+    preset: str, recorded: int, tmp_path: Path
+) -> None:
+    a_run(tmp_path / "runs" / "one", preset=preset)
+    index = write_site(tmp_path / "runs", tmp_path / "site", results=tmp_path / "none").read_text()
+    assert 'href="runs/one.html"' in index
+    # once in the table of runs, and once more where the paper stands on the board
+    assert index.count('href="runs/one.html"') == 1 + recorded
