@@ -4,6 +4,7 @@ import gc
 import random
 import weakref
 from functools import lru_cache
+from itertools import product
 
 import numpy as np
 import pytest
@@ -15,16 +16,15 @@ from torch import Tensor, nn
 from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from thalweg.noise import Key, normal
 from thalweg.rollouts import Checkpointed, rollout, step_calls
-from thalweg.rollouts.checkpointed import first_part, read_bytes
+from thalweg.rollouts.checkpointed import calls_by_pieces, first_part, read_bytes
 
 STORES = {
     "slots": Checkpointed(slots=3),
     "one slot": Checkpointed(slots=1),
     "segments": Checkpointed(segments=3),
     "every state": Checkpointed(),
-    "some whole": Checkpointed(slots=2, whole=3),
-    "segments and whole": Checkpointed(segments=2, whole=2),
-    "all whole": Checkpointed(slots=2, whole=99),
+    "stride": Checkpointed(slots=2, stride=3),
+    "one long stride": Checkpointed(slots=2, stride=99),
     "on host": Checkpointed(slots=3, on="host"),
     "segments on host": Checkpointed(segments=3, on="host"),
 }
@@ -147,11 +147,14 @@ def test_segments_cost_what_checkpoint_sequential_costs() -> None:
         assert step.calls == 2 * steps - last
 
 
-@pytest.mark.parametrize("whole", [0, 1, 4, 9, 10])
-def test_steps_kept_whole_are_called_once(whole: int) -> None:
-    step = Counted()
-    rollout(step, start(), 10, gradient=Checkpointed(slots=10, whole=whole)).sum().backward()
-    assert step.calls == 10 + 10 - max(whole, 1)
+@pytest.mark.parametrize("read_out", [False, True])
+def test_calls_with_a_stride_are_told_as_they_are_made(read_out: bool) -> None:
+    then = Tensor.sum if read_out else None
+    for steps, slots, stride in product((1, 6, 10, 17), (1, 2, 3, 17), (1, 2, 3, 5, 17)):
+        step = Counted()
+        store = Checkpointed(slots=slots, stride=stride)
+        rollout(step, start(), steps, gradient=store, then=then).sum().backward()
+        assert step.calls == calls_by_pieces(steps, slots, min(stride, steps), read_out)
 
 
 @stores
@@ -398,8 +401,9 @@ def test_functional_gradients_are_refused_and_not_wrong() -> None:
         ({"budget": "nan GB"}, ArgumentError),
         ({"budget": 1.5}, ArgumentTypeError),
         ({"on": "disk"}, ArgumentError),
-        ({"whole": -1}, ArgumentError),
-        ({"whole": 1, "budget": 10}, ArgumentError),
+        ({"stride": 0}, ArgumentError),
+        ({"stride": 2, "budget": 10}, ArgumentError),
+        ({"stride": 2, "segments": 2}, ArgumentError),
     ],
 )
 def test_wrong_fields_are_refused(fields: dict[str, object], error: type[Exception]) -> None:

@@ -11,7 +11,7 @@ from thalweg.ledger import cost, price
 from thalweg.rollouts import Checkpointed, Route, Truncated, plan, rollout
 from thalweg.step import Backprop
 
-STEPS = 12
+STEPS = 8
 
 
 def small(steps: int = 16) -> tuple[nn.Module, object, Tensor, int]:
@@ -177,7 +177,7 @@ def sampler() -> tuple[nn.Module, object, Tensor, int]:
     return unet, step, x, counted(unet, lambda: rollout(step, x, STEPS).sum())
 
 
-@pytest.mark.parametrize("share", [0.1, 0.2, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("share", [0.15, 0.25, 0.4, 0.7, 1.0])
 def test_five_budgets_on_a_diffusion_sampler(
     share: float, sampler: tuple[nn.Module, object, Tensor, int]
 ) -> None:

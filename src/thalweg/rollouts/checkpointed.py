@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, require_choice, require_integer
@@ -31,10 +32,10 @@ class Checkpointed:
     keeps, as in diffusion.
 
     Cost of `slots=S` over N steps: S states and one step's graph are kept, and `step` is called
-    `step_calls(N, S)` times, the least that is possible with S states. Cost of `segments=k`: k states and one
-    segment's graph, at most 2 N calls. With a read-out (`then=`), the read-out is computed twice, and counts
-    as one more step of the process. `whole=w` keeps the graphs of the last w steps as well, which are then
-    not computed again: the way to spend memory that is left when all states fit.
+    `step_calls(N, S)` times, the least that is possible with S states. `stride=L` treats L steps as one: L
+    graphs are kept, and N/L takes the place of N; the way to spend memory that is left when all states fit,
+    for with N/L slots 2 N - L calls remain. `segments=k` is N/k as a stride, with k slots. With a read-out
+    (`then=`), the read-out is computed twice, and counts as one more step of the process.
 
     It supports double backward, autocast, dropout, `Key`s, hooks, tied weights, captured tensors and
     networks that `torch.compile` has compiled; `torch.func` transforms refuse it. Batch normalisation in
@@ -47,9 +48,9 @@ class Checkpointed:
         segments: cut the process into so many pieces of equal length; at least 1.
         budget: the most bytes that forward and backward of the rollout may take at their peak, beside the
             parameters and what was there before: a number of bytes or text such as "10GiB", "800MB". `slots`
-            and `whole` are then chosen by counting under fake tensors, before anything runs; see
+            and `stride` are then chosen by counting under fake tensors, before anything runs; see
             `thalweg.rollouts.plan`.
-        whole: how many of the last steps are kept whole; at least 0.
+        stride: how many steps are computed again together, with all their graphs; at least 1.
         on: "device" keeps states where they are; "host" in the memory of the CPU, which costs two copies of
             a state per kept state.
 
@@ -70,7 +71,7 @@ class Checkpointed:
     slots: int | None = None
     segments: int | None = None
     budget: int | str | None = None
-    whole: int = 0
+    stride: int = 1
     on: Literal["device", "host"] = "device"
 
     def __post_init__(self) -> None:
@@ -80,11 +81,11 @@ class Checkpointed:
         for name in ("slots", "segments"):
             if getattr(self, name) is not None:
                 require_integer(name, getattr(self, name), 1)
-        require_integer("whole", self.whole, 0)
+        require_integer("stride", self.stride, 1)
         if self.budget is not None:
             read_bytes(self.budget, "budget")
-            if self.whole:
-                raise ArgumentError("whole", self.whole, "0 beside budget", "The budget chooses it.")
+        if self.stride > 1 and (self.budget is not None or self.segments is not None):
+            raise ArgumentError("stride", self.stride, "1 beside budget and segments", "They choose it.")
         require_choice("on", self.on, ("device", "host"))
 
 
@@ -128,6 +129,18 @@ def step_calls(steps: int, slots: int) -> int:
     return steps + repeats * steps - comb(slots + repeats, slots + 1)
 
 
+def calls_by_pieces(steps: int, slots: int, stride: int, read_out: bool) -> int:
+    """How often the step is called with a stride, and with a read-out as one more piece."""
+    count = -(-steps // stride)
+    stages = count + read_out
+    missing = count * stride - steps  # what the first piece lacks, every time it runs
+    runs, left = 1, stages
+    while left > 1:
+        left = first_part(left, slots)
+        runs += 1
+    return stride * (step_calls(stages, slots) - read_out) - missing * runs
+
+
 def most_repeats(steps: int, slots: int) -> int:
     """How often the most repeated step is computed again: the least r with C(slots + r, slots) >= steps."""
     if slots == 1:
@@ -146,28 +159,45 @@ def first_part(steps: int, slots: int) -> int:
     return min(comb(slots + repeats - 1, slots), steps - comb(slots + repeats - 2, slots - 1))
 
 
+def pieces(steps: int, stride: int) -> tuple[int, ...]:
+    """Where pieces of `stride` steps begin and end; the first one takes what is left over.
+
+    Example:
+        >>> pieces(7, 3)
+        (0, 1, 4, 7)
+    """
+    return (0, *range((steps - 1) % stride + 1, steps + 1, stride))
+
+
+def equal_pieces(steps: int, segments: int) -> tuple[int, ...]:
+    """Where so many pieces of nearly equal length begin and end."""
+    segments = min(segments, steps)
+    return tuple(steps * index // segments for index in range(segments + 1))
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Chain:
-    """Runs a stretch of steps under nested checkpoints.
+    """Runs pieces of a process under nested checkpoints.
 
     Args:
         advance: `advance(k, leaves)` computes step k on the flat state.
-        first: the first step.
-        steps: the step after the last one; a stretch may end one later, where a read-out runs.
+        ends: where pieces begin and end, in steps; piece i runs from ends[i] to ends[i + 1].
         visit: return the states after all steps and not only the last.
         host: keep states in the CPU's memory.
         normalisations: modules whose statistics a recomputation must leave alone.
     """
 
     advance: Advance
-    first: int
-    steps: int
+    ends: tuple[int, ...]
     visit: bool
     host: bool
     normalisations: tuple[nn.Module, ...] = ()
 
-    def by_slots(self, leaves: Leaves, first: int, last: int, slots: int, level: int = 0) -> list[Leaves]:
-        """Steps `first` to `last` with the binomial schedule; returns the states visited."""
+    def run(self, leaves: Leaves, first: int, last: int, slots: int, level: int = 0) -> list[Leaves]:
+        """Pieces `first` to `last` with the binomial schedule; returns the states visited.
+
+        `last` may be one more than there are pieces: then a read-out follows, which counts as a piece.
+        """
         visited: list[Leaves] = []
         while last - first > 1:
             part = first_part(last - first, slots)
@@ -175,20 +205,7 @@ class Chain:
             visited = self._joined(visited, self.frame(body, leaves, level))
             leaves = visited[-1]
             first, slots = first + part, max(slots - 1, 1)
-        return self._plain(visited, first, last, leaves)
-
-    def by_segments(self, leaves: Leaves, last: int, segments: int) -> list[Leaves]:
-        """All steps in segments of equal length; the last is kept whole unless a read-out follows."""
-        visited: list[Leaves] = []
-        segments = min(segments, self.steps - self.first)
-        length = self.steps - self.first
-        ends = [self.first + length * (index + 1) // segments for index in range(segments)]
-        first = self.first
-        for end in ends if last > self.steps else ends[:-1]:
-            body = partial(self._segment, first, end)
-            visited = self._joined(visited, self.frame(body, leaves, 0))
-            leaves, first = visited[-1], end
-        return self._plain(visited, first, self.steps, leaves)
+        return visited if first == len(self.ends) - 1 else self._piece(visited, first, leaves)
 
     def frame(self, body: Callable[..., Any], leaves: Leaves, level: int) -> Any:
         """Run `body(*leaves)`, keep only `leaves`, and run it again when its graph is needed."""
@@ -198,7 +215,7 @@ class Chain:
         if not self.host:
             return checkpoint(body, *leaves, **options)
         if level == 0:
-            with _kept_on_host(leaves):
+            with _kept_on_host():
                 return checkpoint(body, *leaves, **options)
         # inside another checkpoint a hook would keep states that are computed again anyway; so the copy is a
         # step of the graph
@@ -208,13 +225,10 @@ class Chain:
 
     def _nested(self, first: int, last: int, slots: int, level: int, *leaves: Any) -> list[Leaves]:
         with _room_to_recurse(most_repeats(last - first, slots)):
-            return self.by_slots(leaves, first, last, slots, level)
+            return self.run(leaves, first, last, slots, level)
 
-    def _segment(self, first: int, last: int, *leaves: Any) -> list[Leaves]:
-        return self._plain([], first, last, leaves)
-
-    def _plain(self, visited: list[Leaves], first: int, last: int, leaves: Leaves) -> list[Leaves]:
-        for k in range(first, min(last, self.steps)):
+    def _piece(self, visited: list[Leaves], index: int, leaves: Leaves) -> list[Leaves]:
+        for k in range(self.ends[index], self.ends[index + 1]):
             leaves = self.advance(k, leaves)
             visited = self._joined(visited, [leaves])
         return visited
@@ -227,9 +241,18 @@ def _returned(body: Callable[..., Any], devices: Sequence[torch.device | None], 
     return body(*[leaf if device is None else leaf.to(device) for leaf, device in zip(leaves, devices)])
 
 
-def _kept_on_host(leaves: Leaves) -> AbstractContextManager[Any]:
-    pinned = any(isinstance(leaf, Tensor) and leaf.is_cuda for leaf in leaves)
-    return torch.autograd.graph.save_on_cpu(pin_memory=pinned)
+def _kept_on_host() -> AbstractContextManager[Any]:
+    def pack(tensor: Tensor) -> tuple[torch.device, Tensor]:
+        if not tensor.is_cuda or isinstance(tensor, FakeTensor):
+            return tensor.device, tensor.detach().to("cpu", copy=True)
+        pinned = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return tensor.device, pinned.copy_(tensor.detach())
+
+    def unpack(packed: tuple[torch.device, Tensor]) -> Tensor:
+        device, tensor = packed
+        return tensor.to(device, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from thalweg.errors import ArgumentError
 from thalweg.ledger.fake import FakeMode, explained
 from thalweg.ledger.storages import StorageCounter
 from thalweg.parameters import isolated
-from thalweg.rollouts.checkpointed import Checkpointed, Leaves, read_bytes, step_calls
+from thalweg.rollouts.checkpointed import Checkpointed, Leaves, calls_by_pieces, read_bytes
 from thalweg.rollouts.guard import reached, signature
 from thalweg.rollouts.process import Process
 from thalweg.rollouts.route import Store
@@ -29,7 +29,7 @@ class Plan:
     """What a rollout with a budget does.
 
     Args:
-        store: `Backprop()` where everything fits, else `Checkpointed(slots=..., whole=...)` with the fewest
+        store: `Backprop()` where everything fits, else `Checkpointed(slots=..., stride=...)` with the fewest
             calls of the step that fit.
         peak_bytes: the counted peak of forward and backward: what the rollout makes, gradients included,
             parameters and what was there before left out. With on="host", states on the CPU left out too.
@@ -44,6 +44,7 @@ class Plan:
 _remembered: dict[Any, Plan] = {}
 _counted: dict[Any, int] = {}
 _MOST_REMEMBERED = 256
+_MOST_COUNTS = 10
 
 
 def choose(process: Process, leaves: Leaves, store: Checkpointed) -> Plan:
@@ -63,9 +64,9 @@ def _remember(memory: dict[Any, Any], key: Any, value: Any) -> None:
 class _Search:
     """The search for the plan with the fewest calls whose counted peak fits.
 
-    Plans are numbered by what they keep: level L keeps L states up to one per step, and above that the graph
-    of one more step each. A few short counts predict the bytes of a level; the level chosen is then counted
-    in full, and the prediction shifted by what it was wrong.
+    A few short counts give the bytes of a step's graph and predict those of every pair of slots and stride.
+    The pair with the fewest calls that should fit is then counted in full, and the prediction shifted by what
+    it was wrong.
     """
 
     def __init__(self, process: Process, leaves: Leaves, store: Checkpointed, kind: Any) -> None:
@@ -73,10 +74,7 @@ class _Search:
         self.process, self.leaves, self.store, self.kind = process, leaves, store, kind
         self.budget = read_bytes(store.budget)
         self.steps = process.steps - process.first
-        self.read_out = int(process.then is not None)
-        self.states = self.steps + self.read_out
-        # without a read-out the graph of the last step is kept anyway
-        self.levels = max(self.states + self.steps - 2 + 2 * self.read_out, 1)
+        self.read_out = process.then is not None
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.state_bytes = max(sum(t.numel() * t.element_size() for t in tensors), 1)
         self.graph_bytes = 1
@@ -95,59 +93,58 @@ class _Search:
         return self._search()
 
     def _search(self) -> Plan:
-        short = min(3, self.steps)
-        offset = self._peak(short, self._at(2)) - self._predicted(2)
+        offset = self._peak(min(3, self.steps), self._store(2, 1)) - self._predicted(2, 1)
         best: Plan | None = None
-        fits, over, peak = 0, self.levels + 1, 0
-        while over - fits > 1:
-            level = min(max(self._guess(offset), fits + 1), over - 1)
-            peak = self._count(level)
-            offset = peak - self._predicted(level)
-            if peak > self.budget:
-                over = level
-                continue
-            store = self._at(level)
-            fits, best = level, Plan(store, peak, self._calls(store))
-            if self._guess(offset) <= level:
+        refused: set[tuple[int, int]] = set()
+        for _ in range(_MOST_COUNTS):
+            found = self._fewest(self.budget - offset, refused)
+            if found is None or (best is not None and found[0] >= best.step_calls):
                 break
-        if best is None:
+            calls, slots, stride = found
+            peak = self._count(slots, stride)
+            offset = peak - self._predicted(slots, stride)
+            if peak <= self.budget:
+                best = Plan(self._store(slots, stride), peak, calls)
+            refused.add((slots, stride))
+        if best is not None:
+            return best
+        peak = self._count(1, 1)
+        if peak > self.budget:
             self._refuse(peak)
-        assert best is not None
-        return best
+        return Plan(self._store(1, 1), peak, self._calls(1, 1))
 
-    def _predicted(self, level: int) -> int:
-        return min(level, self.states) * self.state_bytes + max(level - self.states, 0) * self.graph_bytes
+    def _fewest(self, room: int, refused: set[tuple[int, int]]) -> tuple[int, int, int] | None:
+        """Calls, slots and stride of the pair with the fewest calls that should fit."""
+        choices = []
+        longest = self.steps if self.read_out else self.steps - 1
+        for stride in range(1, min(longest, room // self.graph_bytes + 1) + 1):
+            left = room - self._predicted(0, stride)
+            slots = min(left // self.state_bytes, -(-self.steps // stride) + self.read_out)
+            # fewer slots take more calls: of each stride only the most that fit, and one less after a refusal
+            while slots >= 1 and (slots, stride) in refused:
+                slots -= 1
+            if slots >= 1:
+                key = (self._calls(slots, stride), self._predicted(slots, stride), slots, stride)
+                choices.append(key)
+        if not choices:
+            return None
+        calls, _, slots, stride = min(choices)
+        return calls, slots, stride
 
-    def _guess(self, offset: int) -> int:
-        """The highest level that the prediction lets fit, or 0."""
-        left = self.budget - offset
-        states = left // self.state_bytes
-        if states <= self.states:
-            return max(states, 0)
-        return self.states + (left - self.states * self.state_bytes) // self.graph_bytes
+    def _predicted(self, slots: int, stride: int) -> int:
+        return slots * self.state_bytes + (stride - 1) * self.graph_bytes
 
-    def _at(self, level: int) -> Checkpointed:
-        if level <= self.states:
-            return replace(self.store, budget=None, slots=level)
-        whole = level - self.states + 1 - self.read_out
-        return replace(self.store, budget=None, slots=max(self.steps - whole, 1), whole=whole)
+    def _calls(self, slots: int, stride: int) -> int:
+        return self.process.first + calls_by_pieces(self.steps, slots, stride, self.read_out)
 
-    def _calls(self, store: Checkpointed) -> int:
-        """What follows the checkpoints, steps kept whole or a read-out, is a stage that runs once."""
-        assert store.slots is not None
-        head, first = self.steps - store.whole, self.process.first
-        if head == 0:
-            return first + self.steps
-        follows = int(bool(store.whole or self.read_out))
-        return first + step_calls(head + follows, store.slots) - follows + store.whole
+    def _store(self, slots: int, stride: int) -> Checkpointed:
+        return replace(self.store, budget=None, slots=slots, stride=stride)
 
-    def _count(self, level: int) -> int:
-        store = self._at(level)
+    def _count(self, slots: int, stride: int) -> int:
         # with very few slots a long process takes very many calls, and the peak is reached early: count the
-        # longest process that needs at most eight repetitions
-        assert store.slots is not None
-        steps = self.steps if store.whole else min(self.steps, comb(store.slots + 8, store.slots))
-        return self._peak(steps, store)
+        # longest process that needs at most four repetitions
+        steps = min(self.steps, stride * comb(slots + 4, slots))
+        return self._peak(steps, self._store(slots, stride))
 
     def _peak(self, steps: int, store: Store) -> int:
         key = (self.kind, steps, store)

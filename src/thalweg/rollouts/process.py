@@ -13,7 +13,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from thalweg.noise import Key
-from thalweg.rollouts.checkpointed import Chain, Checkpointed, Leaves
+from thalweg.rollouts.checkpointed import Chain, Checkpointed, Leaves, equal_pieces, pieces
 from thalweg.rollouts.guard import Guard
 from thalweg.rollouts.network import MaskedNetwork, Network
 from thalweg.rollouts.route import Gate, Store
@@ -72,21 +72,17 @@ class Process:
         guard = Guard(self.step, self.network, self.then)
         advance = partial(self._guarded, guard)
         host = store.on == "host"
-        whole = max(self.first, self.steps - store.whole)
-        chain = Chain(advance, self.first, whole, self.trajectory, host, guard.normalisations)
-        # what follows (steps kept whole, or a read-out, which has a checkpoint of its own) counts as one step
-        last = whole if whole == self.steps and self.then is None else whole + 1
-        visited: list[Leaves] = []
-        if whole > self.first and store.segments is not None:
-            visited = chain.by_segments(leaves, last, store.segments)
-        elif whole > self.first:
-            slots = store.slots if store.slots is not None else last - self.first
-            visited = chain.by_slots(leaves, self.first, last, slots)
-        for k in range(whole, self.steps):
-            leaves = advance(k, visited[-1] if visited else leaves)
-            visited = [*visited, leaves] if self.trajectory else [leaves]
+        steps = self.steps - self.first
+        ends = equal_pieces(steps, store.segments) if store.segments else pieces(steps, store.stride)
+        ends = tuple(self.first + end for end in ends)
+        chain = Chain(advance, ends, self.trajectory, host, guard.normalisations)
+        # a read-out runs in a checkpoint of its own, as if it were one more piece
+        last = len(ends) - 1 + (self.then is not None)
+        visited = (
+            chain.run(leaves, 0, last, last if store.slots is None else store.slots) if steps else before
+        )
         self._require_masked()
-        visited = [*before, *visited] if self.trajectory else visited[-1:]
+        visited = [*before, *visited] if self.trajectory and steps else visited
         if self.then is None:
             result = self._result(visited)
         else:

@@ -126,8 +126,8 @@ def plan(
     Example:
         >>> x = torch.ones(1000, requires_grad=True)
         >>> found = plan(lambda x, k: x.sin(), x, 20, gradient=Checkpointed(budget="50kB"))
-        >>> found.store, found.peak_bytes <= 50_000
-        (Checkpointed(slots=7, segments=None, budget=None, whole=0, on='device'), True)
+        >>> found.step_calls < 40, found.peak_bytes <= 50_000
+        (True, True)
     """
     route = as_route(gradient)
     if not isinstance(route.store, Checkpointed) or route.store.budget is None:
