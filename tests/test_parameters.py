@@ -365,7 +365,7 @@ def test_every_move_of_a_loan_starts_from_the_original(restore: str) -> None:
     with torch.no_grad(), loan([layer.weight], restore) as move:
         assert torch.equal(layer(x), x @ before.T)
         for step in (1.0, -3.0):
-            move(lambda index, value, step=step: value + step)
+            move(lambda index, value, out, step=step: torch.add(value, step, out=out))
             assert torch.equal(layer(x), x @ (before + step).T)
     assert torch.equal(layer.weight, before)
 
@@ -389,7 +389,7 @@ def test_autocast_around_the_loan_casts_the_weights_of_the_moment(restore: str) 
         plain = layer(x)
         with torch.no_grad(), loan(parameters, restore) as move:
             for step in (1.0, 2.0):
-                move(lambda index, value, step=step: value + step)
+                move(lambda index, value, out, step=step: value + step)
                 expected = nn.functional.linear(x, *(p + step for p in before))
                 assert torch.equal(layer(x), expected)
         assert torch.equal(layer(x), plain)

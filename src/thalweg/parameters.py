@@ -15,6 +15,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from thalweg.errors import ArgumentError, ArgumentTypeError, NonFiniteError, UnsupportedError, require_choice
 
 Change = Callable[[int, Tensor], Tensor]
+Place = Callable[[int, Tensor, Tensor | None], Tensor]
 
 
 def collect(parameters: Iterable[Tensor], argument: str = "parameters") -> tuple[Tensor, ...]:
@@ -197,12 +198,12 @@ def borrowed(parameters: Sequence[Tensor], change: Change, restore: str = "copy"
         (True, True)
     """
     with loan(parameters, restore) as move:
-        move(change)
+        move(lambda index, value, _: change(index, value))
         yield
 
 
 @contextmanager
-def loan(parameters: Sequence[Tensor], restore: str = "copy") -> Iterator[Callable[[Change], None]]:
+def loan(parameters: Sequence[Tensor], restore: str = "copy") -> Iterator[Callable[[Place], None]]:
     """Like `borrowed`, for a body that goes to several places: one copy and one return for all of them.
 
     Args:
@@ -210,8 +211,9 @@ def loan(parameters: Sequence[Tensor], restore: str = "copy") -> Iterator[Callab
         restore: as in `borrowed`.
 
     Returns:
-        In the `with`, a function `move(change)`: puts `change(index, value)` in place of each parameter,
-        where `value` is always the one from before the loan.
+        In the `with`, a function `move(place)`: puts `place(index, value, out)` in place of each parameter,
+        where `value` is always the one from before the loan. What `place` writes into `out` and returns
+        spares a copy; for "swap" there is nothing to write into and `out` is None.
 
     Raises:
         ArgumentError: as in `borrowed`.
@@ -220,7 +222,7 @@ def loan(parameters: Sequence[Tensor], restore: str = "copy") -> Iterator[Callab
         >>> weight = torch.ones(1)
         >>> with loan([weight]) as move:
         ...     for step in (0.25, -0.25):
-        ...         move(lambda index, value: value + step)
+        ...         move(lambda index, value, out: torch.add(value, step, out=out))
         ...         print(weight.item())
         1.25
         0.75
@@ -230,10 +232,10 @@ def loan(parameters: Sequence[Tensor], restore: str = "copy") -> Iterator[Callab
     require_choice("restore", restore, ("copy", "swap"))
     _require_own_memory(parameters)
     body = _copied(parameters) if restore == "copy" else _swapped(parameters)
-    with body as change_to:
+    with body as move_to:
 
-        def move(change: Change) -> None:
-            change_to(change)
+        def move(place: Place) -> None:
+            move_to(place)
             # autocast keeps its casts of the weights by the tensor, not by what it holds
             torch.clear_autocast_cache()
 
@@ -276,15 +278,17 @@ def unexpanded(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _copied(parameters: Sequence[Tensor]) -> Iterator[Callable[[Change], None]]:
+def _copied(parameters: Sequence[Tensor]) -> Iterator[Callable[[Place], None]]:
     kept: list[Tensor] = []
 
-    def move(change: Change) -> None:
+    def move(place: Place) -> None:
         for index, parameter in enumerate(parameters):
             value = parameter.detach()
             if index == len(kept):
                 kept.append(value.clone())
-            value.copy_(change(index, kept[index]))
+            moved = place(index, kept[index], value)
+            if moved is not value:
+                value.copy_(moved)
 
     # what comes back has the same bits: a graph that the user made before stays valid
     with _unsafe_preserve_version_counter(tuple(parameters)):
@@ -296,14 +300,14 @@ def _copied(parameters: Sequence[Tensor]) -> Iterator[Callable[[Change], None]]:
 
 
 @contextmanager
-def _swapped(parameters: Sequence[Tensor]) -> Iterator[Callable[[Change], None]]:
+def _swapped(parameters: Sequence[Tensor]) -> Iterator[Callable[[Place], None]]:
     index_of = {id(parameter): index for index, parameter in enumerate(parameters)}
     kept = [parameter.data for parameter in parameters]
     depth = [0] * len(parameters)
-    changes: list[Change] = []
+    places: list[Place] = []
 
-    def move(change: Change) -> None:
-        changes[:] = [change]
+    def move(place: Place) -> None:
+        places[:] = [place]
         for parameter, value in zip(parameters, kept):
             parameter.data = _unreadable(value)
 
@@ -311,7 +315,7 @@ def _swapped(parameters: Sequence[Tensor]) -> Iterator[Callable[[Change], None]]
         for index in owned(module):
             depth[index] += 1
             if depth[index] == 1:
-                parameters[index].data = changes[0](index, kept[index])
+                parameters[index].data = places[0](index, kept[index], None)
 
     def leave(module: nn.Module, _inputs: object, _output: object) -> None:
         for index in owned(module):
@@ -320,7 +324,7 @@ def _swapped(parameters: Sequence[Tensor]) -> Iterator[Callable[[Change], None]]
                 parameters[index].data = _unreadable(kept[index])
 
     def owned(module: nn.Module) -> list[int]:
-        return [index_of[id(p)] for p in module._parameters.values() if changes and id(p) in index_of]
+        return [index_of[id(p)] for p in module._parameters.values() if places and id(p) in index_of]
 
     handles = (
         nn.modules.module.register_module_forward_pre_hook(enter),

@@ -237,6 +237,26 @@ def test_buffers_passed_to_functional_call_stay_apart_from_those_of_the_module(r
     assert passed["1.num_batches_tracked"] == 1
 
 
+@pytest.mark.parametrize("rule", RULES, ids=repr)
+def test_any_exception_leaves_weights_and_buffers_as_they_were(rule):
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))
+    x, _ = batch()
+    calls = []
+
+    def closure():
+        calls.append(1)
+        loss = net(x).pow(2).mean()
+        if len(calls) == 2:
+            raise KeyError("interrupted")
+        return loss
+
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(KeyError, match="interrupted"):
+        backward(closure, net.parameters(), gradient=rule)
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in net.parameters())
+
+
 class Counts(nn.Module):
     """Counts its calls in a new tensor each time, and holds a buffer that repeats one value."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
-from thalweg.blackbox.directions import direction
+from thalweg.blackbox.directions import combine, direction
 from thalweg.noise import Key
 from thalweg.problems import Quadratic
 from thalweg.step import backward
@@ -249,3 +249,17 @@ def test_bad_losses_are_refused_and_nothing_changes(rule, closure):
     assert torch.equal(weight.detach(), before)
     assert weight.grad is None
     assert weight.requires_grad
+
+
+def test_two_parameters_of_one_shape_get_two_directions():
+    one, two = (direction("gaussian", torch.empty(8), Key(0), 0, index) for index in (0, 1))
+    assert not torch.equal(one, two)
+
+
+def test_directions_of_few_bits_are_summed_in_many():
+    like, count = torch.empty(64, dtype=torch.bfloat16), 40
+    coefficients = [torch.tensor(1 / (3 + sample)) for sample in range(count)]
+    (found,) = combine("gaussian", coefficients, [like], Key(0))
+    drawn = [direction("gaussian", like, Key(0), sample, 0).double() for sample in range(count)]
+    exact = sum(c.double() * z for c, z in zip(coefficients, drawn))
+    assert torch.equal(found, exact.to(torch.bfloat16))

@@ -56,3 +56,11 @@ def test_probabilities_sum_to_one_and_gradients_agree():
 def test_bad_input_is_refused_by_name(call, argument):
     with pytest.raises((ValueError, TypeError), match=f"^{argument}: expected"):
         call()
+
+
+def test_moments_are_the_mean_and_the_variance_of_a_bernoulli():
+    net = BernoulliNet(gates=3, batch=2)
+    mean, variance = net.moments(lambda outcomes, logits, losses: outcomes)
+    p = torch.sigmoid(net.logits().detach())
+    torch.testing.assert_close(mean, p)
+    torch.testing.assert_close(variance, p * (1 - p))

@@ -15,7 +15,7 @@ from thalweg.problems import BernoulliNet
 from thalweg.score import bernoulli_log_probability, bernoulli_score
 from thalweg.step import backward
 from thalweg.stochastic import BinaryNeuron, Enumeration, ScoreFunction, StraightThrough, score_function
-from thalweg.stochastic.tape import Tape
+from thalweg.stochastic.tape import Tape, recording
 
 
 def reinforce(baseline):
@@ -309,3 +309,11 @@ def test_bad_fields_are_refused_by_name():
     net = BernoulliNet(batch=1)
     with pytest.raises(ArgumentError, match=r"^losses"):
         backward(net, net.parameters(), gradient=ScoreFunction("mean"))
+
+
+def test_a_closed_tape_records_no_rerun():
+    unit, logits, tape = BinaryNeuron(gradient=None), torch.zeros(4, 2, requires_grad=True), Tape()
+    with recording(tape):
+        tape.run(lambda: unit(logits).sum(1))
+        unit(logits)
+    assert len(tape.logits) == len(tape.outcomes) == 1

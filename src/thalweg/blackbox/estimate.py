@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from thalweg.blackbox.directions import Directions, direction
 from thalweg.errors import NonFiniteError
 from thalweg.noise import Key, replayed
-from thalweg.parameters import Change, unexpanded
+from thalweg.parameters import Place, unexpanded
 from thalweg.step import Closure, losses_per_example
 
 
@@ -134,14 +134,14 @@ class Evaluations:
         return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
 
     def loss_along(
-        self, move: Callable[[Change], None], kind: Directions, key: Key, sample: int, step: float
+        self, move: Callable[[Place], None], kind: Directions, key: Key, sample: int, step: float
     ) -> Tensor:
         """Evaluate where `move`, of a `loan`, puts the parameters: `step` along direction `sample`."""
 
-        def moved(index: int, value: Tensor) -> Tensor:
+        def moved(index: int, value: Tensor, out: Tensor | None) -> Tensor:
             drawn = direction(kind, value, key, sample, index)
             # one rounding: the product is not rounded to a low precision before the sum
-            return torch.add(value, drawn, alpha=step, out=drawn)
+            return torch.add(value, drawn, alpha=step, out=drawn if out is None else out)
 
         move(moved)
         return self.loss(f"sample {sample}, sign {'+' if step > 0 else '-'}")
