@@ -167,6 +167,16 @@ def test_random_truncation_draws_once_per_call_and_from_the_key() -> None:
     assert len(set(first)) > 1
 
 
+@stores
+def test_no_step_at_all_may_be_kept(store: Backprop | Checkpointed) -> None:
+    x = torch.ones(2, 3, requires_grad=True)
+    weight = torch.ones(3, requires_grad=True)
+    rule = Truncated(last=RandomLast(0, 1), store=store)
+    seeds = [s for s in range(20) if rule.last.draw(N, Key(s, step=N)) == 0]  # type: ignore[union-attr]
+    y = rollout(lambda x, k, _: x, x, N, gradient=rule, key=Key(seeds[0]), then=lambda x: (x * weight).sum())
+    assert torch.autograd.grad(y, [x, weight], allow_unused=True)[0] is None
+
+
 def test_ramp_keeps_late_steps_more_often() -> None:
     draws = torch.tensor([Bernoulli("ramp").values(N, Key(seed)) for seed in range(2000)])
     chances = torch.arange(1, N + 1) / (N + 1)

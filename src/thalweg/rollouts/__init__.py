@@ -1,4 +1,4 @@
-"""A long process, and how it is differentiated."""
+"""A long process or an ODE, and how it is differentiated."""
 
 from thalweg.rollouts.backsolve import Backsolve
 from thalweg.rollouts.checkpointed import Checkpointed, step_calls

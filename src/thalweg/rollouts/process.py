@@ -59,7 +59,8 @@ class Process:
                 before = [*before, leaves] if self.trajectory else [leaves]
         if self.first:
             leaves = tuple(leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        if isinstance(store, Checkpointed) and torch.is_grad_enabled():
+            before[-1] = leaves
+        if isinstance(store, Checkpointed) and torch.is_grad_enabled() and self.first < self.steps:
             return self._checkpointed(leaves, before, store)
         for k in range(self.first, self.steps):
             leaves = self.advance(k, leaves)
@@ -78,11 +79,9 @@ class Process:
         chain = Chain(advance, ends, self.trajectory, host, guard.normalisations)
         # a read-out runs in a checkpoint of its own, as if it were one more piece
         last = len(ends) - 1 + (self.then is not None)
-        visited = (
-            chain.run(leaves, 0, last, last if store.slots is None else store.slots) if steps else before
-        )
+        visited = chain.run(leaves, 0, last, last if store.slots is None else store.slots)
         self._require_masked()
-        visited = [*before, *visited] if self.trajectory and steps else visited
+        visited = [*before, *visited] if self.trajectory else visited
         if self.then is None:
             result = self._result(visited)
         else:
