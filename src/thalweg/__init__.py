@@ -22,7 +22,7 @@ from thalweg.step import Backprop, Estimate, Learner, Phase, Rule, Step, backwar
 from thalweg.stochastic import BinaryNeuron, Enumeration, ScoreFunction, StraightThrough
 
 if TYPE_CHECKING:
-    from thalweg import doctor, problems
+    from thalweg import doctor, flows, problems
     from thalweg.comparison import compare
 
 __version__ = "0.1.0"
@@ -54,6 +54,7 @@ __all__ = [
     "cost",
     "doctor",
     "fidelity",
+    "flows",
     "gates",
     "integrate",
     "price",
@@ -66,7 +67,7 @@ def __getattr__(name: str) -> Any:
     # the upper floors are loaded at first use, so that the import stays as quick as torch's
     from importlib import import_module
 
-    if name in ("doctor", "problems"):
+    if name in ("doctor", "flows", "problems"):
         return import_module(f"thalweg.{name}")
     if name == "compare":
         return import_module("thalweg.comparison").compare
