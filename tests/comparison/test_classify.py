@@ -198,3 +198,17 @@ def test_a_step_of_ones_own_on_the_command_line(tmp_path: Path) -> None:
     rows = {row["route"]: row for row in json.loads(done.stdout)["rows"]}
     assert rows["backprop"]["bias"] == 0
     assert rows["spsa"]["saved_bytes"] == 0
+
+
+def test_a_step_that_every_route_refuses_is_a_failure(tmp_path: Path) -> None:
+    source = tmp_path / "nowhere.py"
+    source.write_text(
+        "import torch\n"
+        "def step():\n"
+        "    model = torch.nn.Linear(2, 1)\n"
+        "    x = torch.full((3, 2), float('nan'))\n"
+        "    return model, lambda: model(x).mean(), list(model.parameters())\n"
+    )
+    done = subprocess.run([THALWEG, "compare", f"{source}:step"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "refused" in done.stdout

@@ -133,7 +133,7 @@ def _compare_step(source: str, arguments: list[str]) -> int:
             on_row=progress,
         )
     _show(comparison, options.json)
-    return 0
+    return 1 if all(row.note.startswith("refused") for row in comparison.rows) else 0
 
 
 def _show(comparison: Comparison, as_json: bool) -> None:
