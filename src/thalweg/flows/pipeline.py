@@ -18,7 +18,7 @@ from thalweg.errors import (
     require_floating,
     require_integer,
 )
-from thalweg.flows.schedule import read_schedule
+from thalweg.flows.schedule import State, read_schedule
 from thalweg.noise import Key, normal
 from thalweg.rollouts.rollout import rollout
 from thalweg.rollouts.route import Policy
@@ -125,18 +125,17 @@ def through(
         key = draw_key()
     predict = family.predict
 
-    def step(
-        network: Any, state: tuple[Tensor, ...], k: int, time: Tensor, key: Key | None = None
-    ) -> tuple[Tensor, ...]:
+    def step(network: Any, state: State, k: int, time: Tensor, key: Key | None = None) -> State:
         update = schedule.updates[k]
-        seen = state[0] if update.scale == 1 else state[0] * update.scale
+        now = _latest(state)
+        seen = now if update.scale == 1 else now * update.scale
         if guidance > 1:
             seen = torch.cat([seen, seen])
         output = predict(network, seen, time, conditions)
         if guidance > 1:
             without, conditioned = output.chunk(2)
             output = torch.lerp(without, conditioned, guidance)
-        noise = normal(state[0], key) if key is not None and update.noise else None
+        noise = normal(now, key) if key is not None and update.noise else None
         return schedule.advance(k, state, output, noise)
 
     result = rollout(
@@ -260,14 +259,18 @@ def _read_out(
     scale = vae.config.scaling_factor
     shift = getattr(vae.config, "shift_factor", None) or 0.0
 
-    def read(state: tuple[Tensor, ...]) -> Any:
-        found = state[0]
+    def read(state: State) -> Any:
+        found = _latest(state)
         if decode:
             found = found / scale
             found = vae.decode(found + shift if shifts else found, return_dict=False)[0] * 0.5 + 0.5
         return found if then is None else then(found)
 
     return read
+
+
+def _latest(state: State) -> Tensor:
+    return state if isinstance(state, Tensor) else state[0]
 
 
 def _conditions(given: _Embeddings, batch: int, guided: bool) -> Conditions:

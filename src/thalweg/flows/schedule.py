@@ -18,6 +18,8 @@ from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 _MOST_HISTORY = 4  # a linear multistep method of the field looks back at most so far
 _CHECKS = 3
 _MOST_REMEMBERED = 16
+_COARSE = (torch.float16, torch.bfloat16)
+State = Tensor | tuple[Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,8 @@ class Update:
 class Schedule:
     """A scheduler at one number of steps, without state: any step can be run again.
 
-    The state of the process is (latents, older latents ..., older outputs ...), as far back as the updates
-    look.
+    The state of the process is the latents; or (latents, older latents ..., older outputs ...), as far back
+    as the updates look.
 
     Args:
         times: what the network is told, one per step.
@@ -66,39 +68,46 @@ class Schedule:
         dtype = torch.int64 if self.integer else torch.float32
         return torch.tensor(self.times, dtype=dtype, device=device)
 
-    def begin(self, latents: Tensor) -> tuple[Tensor, ...]:
+    def begin(self, latents: Tensor) -> State:
         """The state before the first step."""
         older = len(self.updates[0].latents) + len(self.updates[0].outputs) - 2
+        if older == 0:
+            return latents
         return (latents, *(torch.zeros_like(latents) for _ in range(older)))
 
-    def advance(
-        self, k: int, state: Sequence[Tensor], output: Tensor, noise: Tensor | None
-    ) -> tuple[Tensor, ...]:
+    def advance(self, k: int, state: State, output: Tensor, noise: Tensor | None) -> State:
         """The state after step `k`, in which the network said `output`."""
         update = self.updates[k]
         depth = len(update.latents)
-        latents, outputs = state[:depth], (output, *state[depth:])
-        terms = [(w, x) for w, x in zip(update.latents, latents) if w]
-        terms += [(w, m) for w, m in zip(update.outputs, outputs) if w]
+        older = () if isinstance(state, Tensor) else state[depth:]
+        latents = (state,) if isinstance(state, Tensor) else state[:depth]
+        outputs = (output, *older)
+        terms = list(zip(update.latents, latents)) + list(zip(update.outputs, outputs))
         if noise is not None:
             terms.append((update.noise, noise))
-        return (_weighted(terms, latents[0]), *latents[: depth - 1], *outputs[: len(update.outputs) - 1])
+        new = _weighted(terms, latents[0].dtype)
+        if isinstance(state, Tensor):
+            return new
+        return (new, *latents[: depth - 1], *outputs[: len(update.outputs) - 1])
 
 
-def _weighted(terms: Sequence[tuple[float, Tensor]], like: Tensor) -> Tensor:
-    dtype = like.dtype
-    if dtype in (torch.float16, torch.bfloat16):
+def _weighted(terms: Sequence[tuple[float, Tensor]], dtype: torch.dtype) -> Tensor:
+    if dtype in _COARSE:
         # the weights nearly cancel: sum in float32, as schedulers do
-        terms = [(weight, value.float()) for weight, value in terms]
-    (first, total), *rest = terms
-    if first != 1:
-        total = total * first
-    for weight, value in rest:
-        total = torch.add(total, value, alpha=weight)
-    return total.to(dtype)
+        return _weighted([(weight, value.float()) for weight, value in terms], torch.float32).to(dtype)
+    total: Tensor | None = None
+    for weight, value in terms:
+        if weight == 0:
+            continue
+        if total is None:
+            total = value if weight == 1 else value * weight
+        else:
+            total = torch.add(total, value, alpha=weight)
+    assert total is not None
+    return total
 
 
-_remembered: WeakKeyDictionary[Any, dict[Any, tuple[list[Tensor], Schedule]]] = WeakKeyDictionary()
+_remembered: WeakKeyDictionary[Any, list[_Entry]] = WeakKeyDictionary()
 
 
 def read_schedule(
@@ -137,23 +146,58 @@ def read_schedule(
     if eta and "eta" not in inspect.signature(scheduler.step).parameters:
         name = type(scheduler).__name__
         raise ArgumentError("eta", eta, f"0 for {name}, whose step takes no eta")
-    tensors = [v for v in vars(scheduler).values() if isinstance(v, Tensor)]
-    settings = [
-        (name, v) for name, v in vars(scheduler).items() if isinstance(v, bool | int | float | str | None)
-    ]
-    versions = tuple(tensor._version for tensor in tensors)
-    key = (steps, eta, mu, scales_input, repr(dict(scheduler.config)), tuple(settings), versions)
-    entries = _remembered.setdefault(scheduler, {})
-    if key in entries:
-        kept, schedule = entries[key]
-        if len(kept) == len(tensors) and all(a is b for a, b in zip(kept, tensors)):
-            return schedule
-    if len(entries) >= _MOST_REMEMBERED:
-        entries.clear()
+    question = (steps, eta, mu, scales_input, dict(scheduler.config))
+    entries = _remembered.setdefault(scheduler, [])
+    for entry in entries:
+        if entry.question == question and entry.holds(scheduler):
+            return entry.schedule
+    # under no mode of the caller's: the weights are numbers even where tensors are fake
     with _disable_current_modes(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-        schedule = _probe(_copied(scheduler), steps, eta, mu, scales_input)
-    entries[key] = (tensors, schedule)
+        twin = _copied(scheduler)
+        before = dict(vars(twin))
+        schedule = _probe(twin, steps, eta, mu, scales_input)
+    entries.append(_Entry(question, _settings(scheduler, before, vars(twin)), schedule))
+    del entries[:-_MOST_REMEMBERED]
     return schedule
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Entry:
+    """What was read off a scheduler, and what it depended on.
+
+    Args:
+        question: what was asked, and the configuration.
+        settings: the attributes that a run leaves alone; tensors with their version.
+        schedule: the answer.
+    """
+
+    question: tuple[Any, ...]
+    settings: dict[str, tuple[Any, int]]
+    schedule: Schedule
+
+    def holds(self, scheduler: Any) -> bool:
+        """Whether the scheduler is still as it was."""
+        now = vars(scheduler)
+        for name, (value, version) in self.settings.items():
+            found = now.get(name)
+            if isinstance(value, Tensor):
+                if found is not value or value._version != version:
+                    return False
+            elif found != value:
+                return False
+        return True
+
+
+def _settings(scheduler: Any, before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, int]]:
+    """Attributes that a run of a copy left in place; those it replaced are the state of a run."""
+    found: dict[str, tuple[Any, int]] = {}
+    for name, value in vars(scheduler).items():
+        if isinstance(value, Tensor):
+            if after.get(name) is before[name]:
+                found[name] = (value, value._version)
+        elif isinstance(value, bool | int | float | str | None) and after.get(name) == before[name]:
+            found[name] = (value, 0)
+    return found
 
 
 def _copied(scheduler: Any) -> Any:
