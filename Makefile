@@ -49,6 +49,7 @@ bench: $(VENV)/.dev
 
 results: $(VENV)/.dev
 	$(THALWEG) compare classify --out runs/compare_classify
+	$(THALWEG) compare sampler --out runs/compare_sampler
 	$(BIN)/python -m thalweg.report.readme
 
 wheel: $(VENV)/.dev

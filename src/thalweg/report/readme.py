@@ -11,15 +11,18 @@ from thalweg.errors import ArgumentError
 from thalweg.lab import record
 from thalweg.report.board import markdown_board, read_results
 
-COMPARISON = "compare_classify"
-_FIGURE = "accuracy_against_cost"
+COMPARISONS = {
+    "compare": ("compare_classify", "accuracy_against_cost"),
+    "sampler": ("compare_sampler", "error_against_bytes"),
+}
+"""By the name of their marks: the recorded comparisons, and the figure of each."""
 
 
 def fill(readme: str, results_dir: Path | str) -> str:
     """Write every generated part of a README anew.
 
     A part stands between `<!-- NAME -->` and `<!-- /NAME -->`: "board" for the papers that are built,
-    "compare" for the recorded comparison. A part whose marks are missing is left out.
+    "compare" and "sampler" for recorded comparisons. A part whose marks are missing is left out.
 
     Args:
         readme: the text of the README.
@@ -37,12 +40,15 @@ def fill(readme: str, results_dir: Path | str) -> str:
     """
     if "<!-- board -->" in readme:
         readme = _between(readme, "board", markdown_board(results_dir))
-    if "<!-- compare -->" in readme:
-        results = read_results(results_dir)
-        if COMPARISON not in results:
-            mend = "Make one: make results."
-            raise ArgumentError("results_dir", str(results_dir), f"a recorded {COMPARISON}", mend)
-        readme = _between(readme, "compare", markdown_comparison(results[COMPARISON]))
+    results = read_results(results_dir)
+    for mark, (name, _) in COMPARISONS.items():
+        if f"<!-- {mark} -->" not in readme:
+            continue
+        if name not in results:
+            raise ArgumentError(
+                "results_dir", str(results_dir), f"a recorded {name}", "Make one: make results."
+            )
+        readme = _between(readme, mark, markdown_comparison(results[name]))
     return readme
 
 
@@ -71,8 +77,9 @@ def _between(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    """Record the comparison in `runs/` and write the README's generated parts; `make results` calls it."""
-    record(Path("runs") / COMPARISON, "results", figure=_FIGURE)
+    """Record the comparisons in `runs/` and write the README's generated parts; `make results` calls it."""
+    for name, figure in COMPARISONS.values():
+        record(Path("runs") / name, "results", figure=figure)
     path = Path("README.md")
     path.write_text(fill(path.read_text(encoding="utf-8"), "results"), encoding="utf-8")
 
