@@ -16,6 +16,10 @@ def _seeded() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Two workers must collect the same names; an address in one differs by worker, and only by luck not.
+    addressed = [item.nodeid for item in items if " at 0x" in item.nodeid]
+    if addressed:
+        raise pytest.UsageError(f"test names hold a memory address, give ids: {addressed}")
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
