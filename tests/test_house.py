@@ -20,9 +20,10 @@ def rooms() -> set[str]:
 
 def test_the_floors_see_every_room() -> None:
     contract = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"][0]
-    listed = {name.strip() for layer in contract["layers"] for name in layer.replace("|", ":").split(":")}
+    names = [name.strip() for layer in contract["layers"] for name in layer.replace("|", ":").split(":")]
+    planned = {name.strip("()") for name in names if name.startswith("(")}
     assert contract["exhaustive"] is True
-    assert rooms() == listed
+    assert rooms() | planned == {name.strip("()") for name in names}
 
 
 def test_the_floors_catch_an_arrow_that_points_up(tmp_path: Path) -> None:
