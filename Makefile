@@ -50,6 +50,8 @@ bench: $(VENV)/.dev
 results: $(VENV)/.dev
 	$(THALWEG) compare classify --out runs/compare_classify
 	$(THALWEG) compare sampler --out runs/compare_sampler
+	@for number in $$($(BIN)/python -c "from thalweg.recipes import find; print(*find())"); do \
+	  $(THALWEG) run $$number || exit 1; done
 	$(BIN)/python -m thalweg.report.readme
 
 wheel: $(VENV)/.dev

@@ -9,6 +9,8 @@ from typing import Any
 
 from thalweg.errors import ArgumentError
 from thalweg.lab import record
+from thalweg.lab.record import read_run
+from thalweg.recipes import find
 from thalweg.report.board import markdown_board, read_results
 
 COMPARISONS = {
@@ -77,9 +79,13 @@ def _between(text: str, name: str, content: str) -> str:
 
 
 def main() -> None:
-    """Record the comparisons in `runs/` and write the README's generated parts; `make results` calls it."""
+    """Record what `make results` has run in `runs/`, and write the README's generated parts."""
     for name, figure in COMPARISONS.values():
         record(Path("runs") / name, "results", figure=figure)
+    for recipe in find().values():
+        run = Path("runs") / f"{recipe.name}-small"
+        # the first figure of a recipe is the one it would show in a talk
+        record(run, "results", figure=read_run(run)["figures"][0]["name"])
     path = Path("README.md")
     path.write_text(fill(path.read_text(encoding="utf-8"), "results"), encoding="utf-8")
 
