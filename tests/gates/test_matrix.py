@@ -47,6 +47,23 @@ def by_sigmoid(x: Tensor, g: Tensor) -> Tensor:
     return g * torch.sigmoid(x) * torch.sigmoid(-x)
 
 
+def by_atan(x: Tensor, g: Tensor) -> Tensor:
+    return g / (1 + (torch.pi * x) ** 2)
+
+
+def by_fast_sigmoid(x: Tensor, g: Tensor) -> Tensor:
+    return g / (1 + 2 * x.abs()) ** 2
+
+
+def by_triangle(x: Tensor, g: Tensor) -> Tensor:
+    # not relu(...) * g: the test's point at infinity would make it -0 there
+    return g * torch.where(x.abs() < 2, 1 - x.abs() / 2, 0.0)
+
+
+def by_steep_sigmoid(x: Tensor, g: Tensor) -> Tensor:
+    return g * 1.5 * torch.sigmoid(1.5 * x) * torch.sigmoid(-1.5 * x)
+
+
 def clipping(**options: object) -> Callable[[Tensor], Tensor]:
     return lambda x: gates.clip(x, LIMIT, **options)
 
@@ -87,6 +104,22 @@ CASES = {
     "round": Case(gates.round, torch.round, lambda x, g: g),
     "sign": Case(gates.sign, lambda x: 2 * (x >= 0).to(x.dtype) - 1, lambda x, g: g),
     "threshold": Case(gates.threshold, step, lambda x, g: g),
+    "spike, atan": Case(lambda x: gates.threshold(x, "atan", 2.0), step, by_atan),
+    "spike, fast": Case(lambda x: gates.threshold(x, "fast_sigmoid", 2.0), step, by_fast_sigmoid),
+    "spike, triangle": Case(lambda x: gates.threshold(x, "triangle", 0.5), step, by_triangle),
+    "spike, steep": Case(
+        lambda x: gates.threshold(x, "sigmoid", torch.tensor([1.5], dtype=torch.float64)),
+        step,
+        by_steep_sigmoid,
+    ),
+}
+# functions whose first derivative is the gate's slope, where that is not constant
+STAND_INS: dict[str, Callable[[Tensor], Tensor]] = {
+    "straight-through, sigmoid": torch.sigmoid,
+    "spike, atan": lambda x: torch.atan(torch.pi * x) / torch.pi,
+    "spike, fast": lambda x: x / (1 + 2 * x.abs()),
+    "spike, triangle": lambda x: torch.where(x.abs() < 2, x - x * x.abs() / 4, torch.sign(x)),
+    "spike, steep": lambda x: torch.sigmoid(1.5 * x),
 }
 each = pytest.mark.parametrize("name", CASES)
 SHAPE = (4, 3, 5)
@@ -168,7 +201,7 @@ def test_second_derivative_is_right_or_refused_in_all_three_ways(name: str) -> N
     # the stand-in whose ordinary derivatives the gate promises: value and slope written with detach
     def stand_in(y: Tensor) -> Tensor:
         u = torch.sin(y)
-        smooth = torch.sigmoid(u) if "sigmoid" in name else case.pull(u.detach(), torch.ones_like(u)) * u
+        smooth = STAND_INS.get(name, lambda u: case.pull(u.detach(), torch.ones_like(u)) * u)(u)
         return ((case.value(u).detach() + smooth - smooth.detach()) ** 2 * weight).sum()
 
     (first,) = torch.autograd.grad(stand_in(leaf), leaf, create_graph=True)

@@ -86,6 +86,46 @@ def test_only_one_of_the_two_mapped() -> None:
     assert torch.equal(out, logits.expand(4, 3))
 
 
+SURROGATES = ("sigmoid", "atan", "fast_sigmoid", "triangle")
+
+
+@pytest.mark.parametrize("slope", SURROGATES)
+@pytest.mark.parametrize("steepness", [0.5, 25, torch.tensor(3.0)], ids=["flat", "steep", "tensor"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_surrogates_are_finite_and_keep_the_dtype_wherever_they_are_asked(
+    slope: str, steepness: float | Tensor, dtype: torch.dtype
+) -> None:
+    points = [-math.inf, -1e30, -300.0, -0.2, -0.0, 0.0, 0.2, 300.0, 1e30, math.inf]
+    for shape in ((10,), (5, 2)):
+        x = torch.tensor(points, dtype=dtype).reshape(shape).requires_grad_()
+        gates.threshold(x, slope, steepness).sum().backward()
+        assert torch.isfinite(x.grad).all()
+        assert x.grad.dtype == dtype
+        assert (x.grad >= 0).all()
+        eps = 25 * torch.finfo(dtype).eps
+        torch.testing.assert_close(x.grad, x.grad.flip(*range(x.ndim)), rtol=0, atol=eps)
+    alone = torch.zeros((), dtype=dtype, requires_grad=True)
+    gates.threshold(alone, slope, steepness).backward()
+    assert alone.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("slope", SURROGATES)
+def test_surrogates_have_no_cancellation_in_the_lower_tail(slope: str) -> None:
+    x = torch.linspace(-40, 0, 200, requires_grad=True)
+    gates.threshold(x, slope, 2.0).sum().backward()
+    wide = x.detach().double().requires_grad_()
+    gates.threshold(wide, slope, 2.0).sum().backward()
+    torch.testing.assert_close(x.grad.double(), wide.grad, rtol=1e-5, atol=1e-37)
+
+
+@pytest.mark.parametrize(
+    "steepness", [0, -1.0, math.nan, math.inf, True, "2", torch.ones(2), torch.ones(1, dtype=torch.int64)]
+)
+def test_a_steepness_that_is_none_is_refused(steepness: object) -> None:
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=r"^steepness: expected"):
+        gates.threshold(torch.zeros(2), "sigmoid", steepness)
+
+
 @pytest.mark.parametrize(
     ("logits", "hard", "slope", "named"),
     [

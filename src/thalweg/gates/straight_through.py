@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from thalweg.errors import ArgumentError, require_choice, require_floating
+from thalweg.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    require_choice,
+    require_floating,
+    require_positive,
+)
 
-Slope = Literal["identity", "sigmoid"]
+Slope = Literal["identity", "sigmoid", "atan", "fast_sigmoid", "triangle"]
+SLOPES = ("identity", "sigmoid", "atan", "fast_sigmoid", "triangle")
 
 
-def straight_through(logits: Tensor, hard: Tensor, slope: Slope = "identity") -> Tensor:
+def straight_through(
+    logits: Tensor, hard: Tensor, slope: Slope = "identity", steepness: float | Tensor = 1.0
+) -> Tensor:
     """Return `hard` exactly, and give `logits` the cotangent as if a smooth function had run instead.
 
     Choose it for anything with a jump (binary units, rounding, hashing, quantisation) when a biased gradient
@@ -27,18 +37,23 @@ def straight_through(logits: Tensor, hard: Tensor, slope: Slope = "identity") ->
         logits: floating-point tensor of any shape; its values may be infinite.
         hard: tensor of the same shape, dtype and device; comes back bit for bit. Gets no gradient.
         slope: "identity" passes the cotangent unchanged (the paper's choice); "sigmoid" multiplies it by
-            sigmoid'(logits), exact in expectation for a Bernoulli unit whose loss is affine in it.
+            the derivative of sigmoid(steepness * logits), exact in expectation for a Bernoulli unit of
+            steepness 1 whose loss is affine in it. The surrogates of spiking networks, with k = steepness:
+            "atan" k/2 / (1 + (pi k x / 2)^2), "fast_sigmoid" 1 / (1 + k|x|)^2, "triangle" max(0, 1 - k|x|).
+        steepness: above 0; a number, or a tensor with one element (for a schedule that must not recompile),
+            which gets no gradient. "identity" takes no notice of it.
 
     Returns:
         A tensor equal to `hard`, whose gradient goes to `logits`.
 
     Raises:
-        ArgumentTypeError: `logits` or `hard` is not a floating-point tensor.
-        ArgumentError: shapes, dtypes or devices differ, or an unknown `slope`.
+        ArgumentTypeError: `logits` or `hard` is not a floating-point tensor, or `steepness` not a number.
+        ArgumentError: shapes, dtypes or devices differ, an unknown `slope`, or a steepness out of range.
 
     Paper:
         Bengio, Léonard, Courville: Estimating or Propagating Gradients Through Stochastic Neurons for
-        Conditional Computation. arXiv 1308.3432, 2013.
+        Conditional Computation. arXiv 1308.3432, 2013. The surrogates: Neftci, Mostafa, Zenke: Surrogate
+        Gradient Learning in Spiking Neural Networks. IEEE Signal Processing Magazine 36, 2019.
 
     Example:
         >>> logits = torch.tensor([-1.0, 2.0], requires_grad=True)
@@ -49,12 +64,43 @@ def straight_through(logits: Tensor, hard: Tensor, slope: Slope = "identity") ->
     """
     require_floating("logits", logits)
     require_floating("hard", hard)
-    require_choice("slope", slope, ("identity", "sigmoid"))
+    require_choice("slope", slope, SLOPES)
     if hard.shape != logits.shape or hard.dtype != logits.dtype or hard.device != logits.device:
         expected = f"shape {tuple(logits.shape)}, {logits.dtype}, {logits.device} as the logits have"
         raise ArgumentError("hard", hard, expected, "Convert it with hard.to(logits).")
-    smooth = logits if slope == "identity" else torch.sigmoid(logits)
-    return with_gradient_of(smooth, hard)
+    return with_gradient_of(_stand_in(logits, slope, _checked(steepness, logits)), hard)
+
+
+def _stand_in(x: Tensor, slope: Slope, steepness: float | Tensor) -> Tensor:
+    """The function whose derivative is the slope, up to a constant; written so that autograd's derivative of
+    it neither overflows nor cancels where x is large.
+    """
+    if slope == "identity":
+        return x
+    scaled = x if isinstance(steepness, float) and steepness == 1 else x * steepness
+    if slope == "sigmoid":
+        return torch.sigmoid(scaled)
+    if slope == "atan":
+        return torch.atan(scaled * (math.pi / 2)) / math.pi
+    # -sign(x)/k, a constant to autograd: the absolute value without a derivative of zero at zero
+    side = torch.where(x.detach() < 0, 1.0, -1.0).to(x.dtype) / steepness
+    if slope == "fast_sigmoid":
+        return side * torch.reciprocal(1 - x / side)
+    return side * torch.relu(1 + x / side).square() / 2
+
+
+def _checked(steepness: float | Tensor, logits: Tensor) -> float | Tensor:
+    if isinstance(steepness, Tensor):
+        if steepness.numel() != 1 or not steepness.is_floating_point():
+            expected = "a number above 0, or a floating-point tensor with one element"
+            raise ArgumentError("steepness", steepness, expected)
+        # 0-dim and, where the logits have no dimensions either, of their dtype: it never widens them
+        steepness = steepness.detach().reshape(())
+        return steepness if logits.ndim else steepness.to(logits.dtype)
+    if isinstance(steepness, bool) or not isinstance(steepness, int | float):
+        raise ArgumentTypeError("steepness", steepness, "a number above 0, or a tensor with one element")
+    require_positive("steepness", steepness)
+    return float(steepness)
 
 
 def with_gradient_of(smooth: Tensor, hard: Tensor) -> Tensor:
@@ -93,10 +139,10 @@ def sign(x: Tensor) -> Tensor:
     return straight_through(x, torch.where(x.detach().isnan(), x.detach(), hard))
 
 
-def threshold(logits: Tensor, slope: Slope = "identity") -> Tensor:
-    """Take 1 where the logit is above zero, else 0; the deterministic twin of a Bernoulli unit.
+def threshold(logits: Tensor, slope: Slope = "identity", steepness: float | Tensor = 1.0) -> Tensor:
+    """Take 1 where the logit is above zero, else 0: the deterministic twin of a Bernoulli unit, or a spike.
 
-    A nan stays nan: it is no decision.
+    `slope` and `steepness` as in `straight_through`. A nan stays nan: it is no decision.
 
     Example:
         >>> threshold(torch.tensor([-1.0, 0.5]), slope="sigmoid")
@@ -104,4 +150,5 @@ def threshold(logits: Tensor, slope: Slope = "identity") -> Tensor:
     """
     logits = require_floating("logits", logits)
     hard = (logits.detach() > 0).to(logits.dtype)
-    return straight_through(logits, torch.where(logits.detach().isnan(), logits.detach(), hard), slope)
+    hard = torch.where(logits.detach().isnan(), logits.detach(), hard)
+    return straight_through(logits, hard, slope, steepness)
