@@ -21,10 +21,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from thalweg.borrowed import isolated
 from thalweg.ledger import cost, price
 from thalweg.ledger.cost import count
 from thalweg.noise import Key
-from thalweg.parameters import isolated
 from thalweg.step import Backprop, Step, as_step
 from thalweg.table import align, scaled
 

@@ -12,20 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, NonFiniteError, UnsupportedError
+from thalweg.losses import losses_per_example, mean_loss
 from thalweg.noise import Key, rademacher
 from thalweg.parameters import vector
-from thalweg.step import (
-    Backprop,
-    Estimate,
-    Learner,
-    Phase,
-    Rule,
-    Step,
-    backward,
-    draw_key,
-    losses_per_example,
-    mean_loss,
-)
+from thalweg.step import Backprop, Estimate, Learner, Phase, Rule, Step, backward, draw_key
 
 
 @dataclass(frozen=True, slots=True)

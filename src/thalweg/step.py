@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -10,14 +10,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from thalweg.errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    NonFiniteError,
-    UnsupportedError,
-    describe,
-    require_finite,
-)
+from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe, require_finite
+from thalweg.losses import losses_per_example as losses_per_example
+from thalweg.losses import mean_loss as mean_loss
 from thalweg.noise import Key, fresh_key
 from thalweg.parameters import collect, fill_gradients
 
@@ -242,60 +237,6 @@ def _reaches(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
 def draw_key() -> Key:
     """A `Key` taken from torch's default CPU generator, so that `torch.manual_seed` governs it."""
     return Key(seed=int(fresh_key(torch.empty(0))))
-
-
-def mean_loss(loss: object) -> Tensor:
-    """Check what a closure returned and reduce it to a scalar: losses per example by their mean.
-
-    Raises:
-        ArgumentTypeError, ArgumentError: not a floating-point tensor of at most one dimension, or empty.
-        NonFiniteError: nan or infinity, also of the mean alone.
-    """
-    tensor = _losses(loss, "closure")
-    mean = tensor.mean() if tensor.ndim else tensor
-    _require_finite_losses(loss, mean)
-    return mean
-
-
-def losses_per_example(loss: object) -> Tensor:
-    """Check what a closure returned: a scalar, or one loss per example of shape (batch,).
-
-    Of a mapping it is the sum, per example where all values have the same shape, else of their means.
-    """
-    tensor = _losses(loss, "closure")
-    _require_finite_losses(loss, tensor)
-    return tensor
-
-
-def _losses(loss: object, name: str) -> Tensor:
-    if isinstance(loss, Mapping):
-        if not loss:
-            raise ArgumentTypeError(name, loss, "at least one named loss")
-        terms = [_losses(value, f"{name}[{key!r}]") for key, value in loss.items()]
-        if len({term.shape for term in terms}) > 1:
-            terms = [term.mean() for term in terms]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total
-    if not isinstance(loss, Tensor) or not loss.is_floating_point():
-        raise ArgumentTypeError(name, loss, "a floating-point tensor as its return value")
-    if loss.ndim > 1 or loss.numel() == 0:
-        raise ArgumentError(name, loss, "a scalar loss, or one loss per example of shape (batch,)")
-    return loss
-
-
-def _require_finite_losses(loss: object, total: Tensor, name: str = "the loss") -> None:
-    """Wait for the device once; only when `total` is not finite look for the term that is to blame."""
-    try:
-        require_finite(name, total)
-    except NonFiniteError:
-        if isinstance(loss, Mapping):
-            for key, value in loss.items():
-                _require_finite_losses(value, _losses(value, name), f"{name}[{key!r}]")
-        elif isinstance(loss, Tensor):
-            require_finite(name, loss)
-        raise
 
 
 def _not_a_rule(rule: object) -> str:

@@ -13,12 +13,13 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from thalweg.borrowed import borrowed
 from thalweg.errors import ArgumentError, ArgumentTypeError
 from thalweg.ledger import Cost, cost, fidelity, saved_bytes
 from thalweg.ledger.storages import StorageCounter
+from thalweg.losses import mean_loss
 from thalweg.noise import Key, rademacher
-from thalweg.parameters import borrowed
-from thalweg.step import Backprop, Estimate, Step, as_step, mean_loss
+from thalweg.step import Backprop, Estimate, Step, as_step
 
 FLOAT = 4
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from thalweg.errors import ArgumentError, ArgumentTypeError, NonFiniteError
 from thalweg.ledger import fidelity
 from thalweg.ledger.draws import Moments
+from thalweg.losses import mean_loss
 from thalweg.noise import Key, normal
-from thalweg.step import Backprop, Estimate, Step, mean_loss
+from thalweg.step import Backprop, Estimate, Step
 
 
 @dataclass(frozen=True)

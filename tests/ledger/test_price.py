@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from thalweg.borrowed import borrowed
 from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from thalweg.ledger import cost, price
+from thalweg.losses import mean_loss
 from thalweg.noise import Key, rademacher
-from thalweg.parameters import borrowed
-from thalweg.step import Backprop, Estimate, as_step, mean_loss
+from thalweg.step import Backprop, Estimate, as_step
 
 Parts = tuple[nn.Module, Callable[[], Any], list[Tensor]]
 

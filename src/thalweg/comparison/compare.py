@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
+from thalweg.borrowed import isolated
 from thalweg.comparison.measure import measure
 from thalweg.comparison.rows import Comparison, Row
 from thalweg.errors import (
@@ -20,7 +21,6 @@ from thalweg.errors import (
     require_positive,
 )
 from thalweg.noise import Key
-from thalweg.parameters import isolated
 from thalweg.step import Backprop, Rule, Step, as_step
 from thalweg.stochastic import BinaryNeuron, Enumeration, ScoreFunction
 from thalweg.table import scaled

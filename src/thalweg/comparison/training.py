@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from thalweg.borrowed import isolated
 from thalweg.data import Classification
 from thalweg.errors import NonFiniteError
 from thalweg.noise import Key, normal
-from thalweg.parameters import isolated
 from thalweg.step import Backprop, Closure, Estimate, Rule, backward
 
 LEARNING_RATES = (0.001, 0.003, 0.01, 0.03, 0.1)

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from thalweg.borrowed import isolated
 from thalweg.errors import ArgumentError, ArgumentTypeError
 from thalweg.ledger.storages import written_name
-from thalweg.parameters import collect, isolated
+from thalweg.parameters import collect
 from thalweg.step import refuse_wrappers
 
 Losses = Callable[[], Any] | Mapping[str, Callable[[], Any]]

@@ -11,13 +11,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from thalweg.borrowed import borrowed
 from thalweg.doctor.close_up import CloseUp
 from thalweg.doctor.findings import Evidence, Finding
 from thalweg.doctor.patient import Patient, common_path, total
 from thalweg.doctor.recording import Origin
 from thalweg.doctor.remedies import remedy
 from thalweg.noise import Key, normal
-from thalweg.parameters import borrowed
 
 FLAT = ("Round", "Floor", "Ceil", "Sign", "Trunc", "Frac", "Heaviside")
 DEAD = ("Relu", "Threshold", "Hardtanh", "Clamp", "Hardsigmoid", "Hardswish", "ClampMin", "ClampMax")

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from thalweg.borrowed import isolated
 from thalweg.errors import ArgumentTypeError, require_integer
 from thalweg.ledger.gradients import gradients_of
 from thalweg.ledger.storages import StorageCounter
 from thalweg.noise import Key
-from thalweg.parameters import isolated
 from thalweg.step import Backprop, Rule, Step, as_step
 from thalweg.table import align, scaled
 

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from thalweg.borrowed import isolated
 from thalweg.errors import ArgumentError, ArgumentTypeError, require_integer, require_positive
 from thalweg.ledger.cost import require_key, require_rule
 from thalweg.ledger.draws import Moments, Source
 from thalweg.noise import Key
-from thalweg.parameters import isolated, require_finite_all
+from thalweg.parameters import require_finite_all
 from thalweg.step import Rule, Step, as_step
 from thalweg.table import align, short
 

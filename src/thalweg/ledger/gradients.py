@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from thalweg.errors import ArgumentError, ArgumentTypeError
+from thalweg.losses import mean_loss
 from thalweg.noise import Key
-from thalweg.step import Backprop, Phase, Rule, Step, mean_loss, refuse_wrappers
+from thalweg.step import Backprop, Phase, Rule, Step, refuse_wrappers
 
 Around = Callable[[], AbstractContextManager[Any]]
 

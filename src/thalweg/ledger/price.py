@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
+from thalweg.borrowed import isolated
 from thalweg.errors import ArgumentError, ArgumentTypeError
 from thalweg.ledger.cost import count, require_key, require_rule
 from thalweg.ledger.fake import FakeMode, building, explained, kept
 from thalweg.noise import Key
-from thalweg.parameters import isolated
 from thalweg.step import Rule, Step, as_step
 from thalweg.table import align, scaled
 

@@ -3,11 +3,12 @@
 from thalweg.rollouts.backsolve import Backsolve
 from thalweg.rollouts.checkpointed import Checkpointed, step_calls
 from thalweg.rollouts.discrete import Discrete
+from thalweg.rollouts.masks import Bernoulli, Last, RandomLast
 from thalweg.rollouts.ode import integrate
 from thalweg.rollouts.plan import Plan
 from thalweg.rollouts.reversible import Reversible
 from thalweg.rollouts.rollout import plan, rollout
-from thalweg.rollouts.route import Bernoulli, Gate, Last, RandomLast, Route, Skipped, Truncated
+from thalweg.rollouts.route import Gate, Route, Skipped, Truncated
 from thalweg.rollouts.tableaus import Tableau
 
 __all__ = [

@@ -12,10 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import GradientEdge, Node
 from torch.utils._pytree import tree_leaves
 
+from thalweg.borrowed import isolated
 from thalweg.errors import ArgumentError
 from thalweg.ledger.fake import FakeMode, explained
 from thalweg.ledger.storages import StorageCounter
-from thalweg.parameters import isolated
 from thalweg.rollouts.checkpointed import Checkpointed, Leaves, calls_by_pieces, read_bytes
 from thalweg.rollouts.guard import reached, signature
 from thalweg.rollouts.process import Process

@@ -2,128 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from torch import Tensor
 
-from thalweg.errors import ArgumentError, ArgumentTypeError, require_integer
+from thalweg.errors import ArgumentTypeError, require_integer
 from thalweg.noise import Key
 from thalweg.rollouts.checkpointed import Checkpointed
+from thalweg.rollouts.masks import Last, Mask, RandomLast, is_one, require_mask, shares
 from thalweg.step import Backprop
 
-
-@runtime_checkable
-class MaskRule(Protocol):
-    """A rule that gives each step its share; a frozen dataclass, so that routes print, compare and pickle."""
-
-    def values(self, steps: int, key: Key) -> tuple[float, ...]:
-        """One share in [0, 1] per step; random rules draw from `key` only."""
-        ...
-
-
-Mask = float | tuple[float, ...] | MaskRule
 Store = Backprop | Checkpointed
-
-
-@dataclass(frozen=True, slots=True)
-class Last:
-    """Keep the last `count` steps, drop those before.
-
-    Example:
-        >>> Last(2).values(4, Key(0))
-        (0.0, 0.0, 1.0, 1.0)
-    """
-
-    count: int
-
-    def __post_init__(self) -> None:
-        require_integer("count", self.count, 1)
-
-    def draw(self, steps: int, key: Key) -> int:
-        """How many steps are kept."""
-        if self.count > steps:
-            raise ArgumentError("last", self.count, f"at most {steps}, the number of steps")
-        return self.count
-
-    def values(self, steps: int, key: Key) -> tuple[float, ...]:
-        """One for each of the last steps, zero for the others."""
-        kept = self.draw(steps, key)
-        return (0.0,) * (steps - kept) + (1.0,) * kept
-
-
-@dataclass(frozen=True, slots=True)
-class RandomLast:
-    """Keep the last K steps, K drawn once per call, uniformly from `least` to `most`, both included.
-
-    AlignProp's paper draws from 0 to all steps; its code of 2023 drew anew for every step, which is another
-    rule (`Bernoulli("ramp")`) and no truncation.
-
-    Args:
-        least: at least 0; with 0 some calls have no gradient at all.
-        most: at most the number of steps; None for all of them.
-
-    Paper:
-        Prabhudesai, Goyal, Pathak, Fragkiadaki: Aligning Text-to-Image Diffusion Models with Reward
-        Backpropagation. arXiv 2310.03739, 2023.
-
-    Example:
-        >>> RandomLast(1, 3).draw(10, Key(0)) in (1, 2, 3)
-        True
-    """
-
-    least: int = 1
-    most: int | None = None
-
-    def __post_init__(self) -> None:
-        require_integer("least", self.least, 0)
-        if self.most is not None:
-            require_integer("most", self.most, max(self.least, 1))
-
-    def draw(self, steps: int, key: Key) -> int:
-        """How many steps are kept."""
-        most = steps if self.most is None else self.most
-        if not self.least <= most <= steps:
-            got = f"{self.least} to {most}"
-            raise ArgumentError("last", got, f"a range within 0 to {steps}, the number of steps")
-        # integer arithmetic on the key's bits: no tensor is read, so the draw works under fake tensors too
-        return self.least + key.bits() % (most - self.least + 1)
-
-    def values(self, steps: int, key: Key) -> tuple[float, ...]:
-        """One for each of the last steps, zero for the others."""
-        kept = self.draw(steps, key)
-        return (0.0,) * (steps - kept) + (1.0,) * kept
-
-
-@dataclass(frozen=True, slots=True)
-class Bernoulli:
-    """Keep each step or not, by independent draws.
-
-    Args:
-        probability: of keeping a step, in [0, 1]; or "ramp", (k + 1) / (steps + 1) for step k, which is what
-            AlignProp's released code does.
-
-    Example:
-        >>> set(Bernoulli(0.5).values(8, Key(0))) <= {0.0, 1.0}
-        True
-    """
-
-    probability: float | str = "ramp"
-
-    def __post_init__(self) -> None:
-        if self.probability != "ramp":
-            _require_share("probability", self.probability)
-
-    def values(self, steps: int, key: Key) -> tuple[float, ...]:
-        """One or zero per step."""
-        ramp = [(k + 1) / (steps + 1) for k in range(steps)]
-        chances = ramp if isinstance(self.probability, str) else [self.probability] * steps
-        # 63 well-mixed bits of a key of its own per step, as a number in [0, 1)
-        draws = [key.at(call=key.call + 1 + k).bits() / 2**63 for k in range(steps)]
-        return tuple(float(draw < chance) for draw, chance in zip(draws, chances))
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -212,8 +104,8 @@ class Route:
     store: Store = field(default_factory=Backprop)
 
     def __post_init__(self) -> None:
-        _require_mask("state", self.state)
-        _require_mask("parameters", self.parameters)
+        require_mask("state", self.state)
+        require_mask("parameters", self.parameters)
         if self.cotangent is not None and not isinstance(self.cotangent, Gate):
             mend = "Write Gate(thalweg.gates.clip, limit=1.0)."
             raise ArgumentTypeError("cotangent", self.cotangent, "a Gate or None", mend)
@@ -223,11 +115,11 @@ class Route:
 
     def masks_network(self) -> bool:
         """Whether a mask bears on the network's Jacobian, which must then be given."""
-        return not (_is_one(self.state) and _is_one(self.parameters))
+        return not (is_one(self.state) and is_one(self.parameters))
 
     def masks(self, steps: int, key: Key) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """The shares of state and parameters, one per step; equal random rules give equal draws."""
-        return _values("state", self.state, steps, key), _values("parameters", self.parameters, steps, key)
+        return shares("state", self.state, steps, key), shares("parameters", self.parameters, steps, key)
 
     def horizon(self, steps: int, key: Key) -> int:
         """How many of the last steps are differentiated."""
@@ -333,39 +225,6 @@ def as_route(gradient: object) -> Route:
         return gradient.route()
     mend = "Rules of thalweg.backward, which see the whole loss, go there."
     raise ArgumentTypeError("gradient", gradient, _POLICIES, mend)
-
-
-def _values(argument: str, mask: Mask, steps: int, key: Key) -> tuple[float, ...]:
-    if isinstance(mask, int | float):
-        return (float(mask),) * steps
-    found = mask if isinstance(mask, tuple) else mask.values(steps, key)
-    if len(found) != steps:
-        raise ArgumentError(argument, f"{len(found)} values", f"{steps}, one per step")
-    for value in found:
-        _require_share(argument, value)
-    return tuple(float(value) for value in found)
-
-
-def _is_one(mask: Mask) -> bool:
-    if isinstance(mask, tuple):
-        return all(value == 1 for value in mask)
-    return isinstance(mask, int | float) and mask == 1
-
-
-def _require_mask(argument: str, mask: object) -> None:
-    if isinstance(mask, tuple):
-        for index, value in enumerate(mask):
-            _require_share(f"{argument}[{index}]", value)
-    elif isinstance(mask, type) or not isinstance(mask, MaskRule):
-        _require_share(argument, mask)
-
-
-def _require_share(argument: str, value: object) -> None:
-    mend = "A mask is a number, a tuple with one number per step, or a rule such as Last(5)."
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ArgumentTypeError(argument, value, "a number in [0, 1]", mend)
-    if not (math.isfinite(value) and 0 <= value <= 1):
-        raise ArgumentError(argument, value, "a number in [0, 1]", mend)
 
 
 def _require_store(store: object) -> None:
