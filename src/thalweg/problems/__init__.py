@@ -1,6 +1,7 @@
 """Made-up problems whose answer is known exactly: the ground on which every estimator is tested."""
 
 from thalweg.problems.bernoulli import BernoulliNet
+from thalweg.problems.gaussian_mixture import GaussianMixture
 from thalweg.problems.quadratic import Quadratic
 
-__all__ = ["BernoulliNet", "Quadratic"]
+__all__ = ["BernoulliNet", "GaussianMixture", "Quadratic"]
