@@ -5,6 +5,7 @@ import re
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from thalweg.errors import ArgumentError, UnsupportedError
 from thalweg.ledger import cost, price
@@ -112,6 +113,46 @@ def test_a_budget_gives_the_exact_gradient() -> None:
         return torch.autograd.grad(y, [x, *net.parameters()])
 
     torch.testing.assert_close(found(Checkpointed(budget="70kB")), found(None))
+
+
+def test_a_counter_around_the_rollout_does_not_see_the_planning() -> None:
+    net, step, x, steps = small()
+
+    def closure(gradient: Checkpointed | Backprop) -> Tensor:
+        return rollout(step, x, steps, gradient=gradient, then=lambda x: x.square().sum())
+
+    def operations(gradient: Checkpointed | Backprop) -> int:
+        with FlopCounterMode(display=False) as counter:
+            closure(gradient).backward()
+        return counter.get_total_flops()
+
+    gradient = Checkpointed(budget=70_001)
+    model = (net, lambda: closure(gradient), [x, *net.parameters()])
+    first = cost(model, repeats=0)  # plans inside the count
+    assert first.peak_bytes <= 70_001
+    again = cost(model, repeats=0)  # remembers the plan
+    assert (first.peak_bytes, first.operations) == (again.peak_bytes, again.operations)
+    assert first.operations > cost((net, lambda: closure(Backprop()), model[2]), repeats=0).operations
+    # a new step, so that nothing is remembered
+    net, step, x, steps = small()
+    assert operations(gradient) == operations(gradient) == first.operations
+
+
+def test_a_model_that_is_only_priced_gets_the_plan_of_the_real_one() -> None:
+    def build() -> tuple[nn.Module, object, list[Tensor]]:
+        net, step, x, steps = small()
+        gradient = Checkpointed(budget=70_002)
+
+        def closure() -> Tensor:
+            return rollout(step, x, steps, gradient=gradient, then=lambda x: x.square().sum())
+
+        return net, closure, [x, *net.parameters()]
+
+    fake = price(build)[0]
+    real = price(build())[0]
+    assert fake.peak_bytes <= 70_002
+    assert (fake.saved_bytes, fake.peak_bytes) == (real.saved_bytes, real.peak_bytes)
+    assert fake.operations == real.operations
 
 
 def test_plans_are_remembered_until_shapes_change() -> None:

@@ -132,7 +132,7 @@ class StorageCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in METADATA:
             return NotImplemented
         in_backward = torch._C._current_graph_task_id() != -1
         if self._backward_closes and in_backward and self._forward:
@@ -254,7 +254,7 @@ def _parts(tensor: Tensor, fake: FakeTensorMode | None) -> list[Tensor]:
 
 
 _aten = torch.ops.aten
-_METADATA = {
+METADATA = {
     _aten.sym_is_contiguous.default,
     _aten.is_contiguous.default,
     _aten.is_contiguous.memory_format,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import comb
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.autograd.graph import GradientEdge, Node
+from torch.nn.modules import module
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from thalweg.borrowed import isolated
 from thalweg.errors import ArgumentError
 from thalweg.ledger.fake import FakeMode, explained
-from thalweg.ledger.storages import StorageCounter
+from thalweg.ledger.storages import METADATA, StorageCounter
 from thalweg.rollouts.checkpointed import Checkpointed, Leaves, calls_by_pieces, read_bytes
 from thalweg.rollouts.guard import reached, signature
 from thalweg.rollouts.process import Process
@@ -155,9 +159,8 @@ class _Search:
     def _run(self, steps: int, store: Store) -> int:
         process = replace(self.process, steps=self.process.first + steps)
         modules = nn.ModuleList(_modules(process))
-        fake = FakeMode(allow_non_fake_inputs=True)
         counted = None if self.store.on == "device" else _device(self.leaves)
-        with isolated(modules, ()), torch.random.fork_rng(), fake, explained():
+        with _alone() as fake, isolated(modules, ()), torch.random.fork_rng(), fake, explained():
             leaves = tuple(_twin(leaf, fake) for leaf in self.leaves)
             counter = _Counter(fake, counted)
             with counter.counting():
@@ -173,6 +176,23 @@ class _Search:
         raise ArgumentError("budget", self.store.budget, f"more, since {smallest}", mend)
 
 
+@contextmanager
+def _alone() -> Iterator[FakeTensorMode]:
+    """Hide what the body does from modes and hooks that count or trace; the fake mode to use in it."""
+    tables = (module._global_forward_pre_hooks, module._global_forward_hooks)
+    hidden = [(table, dict(table)) for table in tables]
+    for table in tables:
+        table.clear()
+    try:
+        with _disable_current_modes() as modes:
+            # the caller's own, where the process is being priced: two fake modes do not mix
+            outer = [mode for mode in modes if isinstance(mode, FakeTensorMode)]
+            yield outer[-1] if outer else FakeMode(allow_non_fake_inputs=True)
+    finally:
+        for table, hooks in hidden:
+            table.update(hooks)
+
+
 class _Counter(StorageCounter):
     """Counts what lives on one device only, when states are sent to the host."""
 
@@ -180,10 +200,28 @@ class _Counter(StorageCounter):
         super().__init__(None, fake, attribute=False)
         self._device = device
 
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _LEFT_ALONE:
+            # as the fake mode would itself, which then however looks up no operator that it has seen before
+            args = [self._twin(arg) for arg in args]
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _twin(self, argument: Any) -> Any:
+        if isinstance(argument, list | tuple):
+            return [self._twin(part) for part in argument]
+        if not isinstance(argument, Tensor) or isinstance(argument, FakeTensor):
+            return argument
+        assert self._fake is not None
+        return self._fake.from_tensor(argument)
+
     def _record(self, out: Any, aliased: set[int]) -> None:
         if self._device is not None:
             out = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.device == self._device]
         super()._record(out, aliased)
+
+
+# a constant enters by the first one, whose value the fake mode wants to see; the others ask for a shape
+_LEFT_ALONE = {torch.ops.aten.lift_fresh.default, *METADATA}
 
 
 def _device(leaves: Leaves) -> torch.device | None:
@@ -198,7 +236,7 @@ def _modules(process: Process) -> list[nn.Module]:
 def _twin(leaf: Any, fake: FakeTensorMode) -> Any:
     if not isinstance(leaf, Tensor):
         return leaf
-    twin = fake.from_tensor(leaf.detach())
+    twin = leaf.detach() if isinstance(leaf, FakeTensor) else fake.from_tensor(leaf.detach())
     return twin.requires_grad_(leaf.requires_grad)
 
 
