@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
 from thalweg.errors import ArgumentError, ArgumentTypeError, NonFiniteError, UnsupportedError
 from thalweg.losses import losses_per_example, mean_loss
 from thalweg.noise import Key, rademacher
@@ -218,7 +219,7 @@ def test_scaled_loss_then_unscale_and_step(rule: Rule) -> None:
                 nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 optimizer.step()
             else:
-                backward(lambda: scaler.scale(closure()), model.parameters(), gradient=rule)
+                backward(closure, model.parameters(), gradient=rule, scaler=scaler)
                 scaler.unscale_(optimizer)
                 nn.utils.clip_grad_norm_(model.parameters(), 0.5)
                 scaler.step(optimizer)
@@ -227,6 +228,86 @@ def test_scaled_loss_then_unscale_and_step(rule: Rule) -> None:
 
     scaled = train(torch.amp.GradScaler("cpu", init_scale=2.0**10))
     torch.testing.assert_close(scaled, train(None), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "rule", [Backprop(), Noisy(), SPSA(), ForwardGradient(), EvolutionStrategies()], ids=repr
+)
+def test_a_scaler_sees_an_overflow_skips_the_step_and_goes_on_at_a_lower_scale(rule: Rule) -> None:
+    model, closure = problem(torch.float32)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    # finite, and infinite in float32 once the loss is multiplied in
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-100)
+    with torch.no_grad():
+        model.weight.mul_(10)
+    before = vector(p.detach() for p in model.parameters())
+    state = torch.get_rng_state()
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = backward(closure, model.parameters(), gradient=rule, key=Key(0), scaler=scaler)
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        return loss
+
+    assert math.isnan(float(step()))
+    assert torch.equal(vector(p.detach() for p in model.parameters()), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert scaler.get_scale() == 2.0**27
+    assert math.isfinite(float(step()))
+    after = vector(p.detach() for p in model.parameters())
+    assert bool(after.isfinite().all())
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("rule", [Backprop(), Noisy()], ids=repr)
+@pytest.mark.parametrize("form", ["mean", "examples", "named"])
+def test_a_scaler_scales_the_gradient_and_leaves_the_loss(rule: Rule, form: str) -> None:
+    model = nn.Linear(3, 1).double()
+    x = torch.randn(6, 3, dtype=torch.float64)
+
+    def closure() -> object:
+        losses = model(x).square()[:, 0]
+        forms = {"mean": losses.mean(), "examples": losses, "named": {"a": losses, "b": {"c": 2 * losses}}}
+        return forms[form]
+
+    parameters = list(model.parameters())
+    expected = backward(closure, parameters, gradient=rule, key=Key(0))
+    gradients = vector(p.grad for p in parameters)
+    model.zero_grad()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    found = backward(closure, parameters, gradient=rule, key=Key(0), scaler=scaler)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(vector(p.grad for p in parameters), 64 * gradients)
+    assert not found.requires_grad
+
+
+@each
+def test_what_the_closure_refuses_itself_no_scaler_swallows(rule: Rule) -> None:
+    model, _ = problem()
+
+    def closure() -> Tensor:
+        raise NonFiniteError("the state at step 3")
+
+    with pytest.raises(NonFiniteError, match="step 3"):
+        backward(closure, model.parameters(), gradient=rule, scaler=torch.amp.GradScaler("cpu"))
+    assert all(p.grad is None for p in model.parameters())
+
+
+@each
+def test_a_disabled_scaler_lets_no_overflow_pass(rule: Rule) -> None:
+    model, closure = problem()
+    off = torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(NonFiniteError):
+        backward(lambda: closure() * math.inf, model.parameters(), gradient=rule, scaler=off)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_what_is_no_scaler_is_refused() -> None:
+    model, closure = problem()
+    with pytest.raises(ArgumentTypeError, match="scaler"):
+        backward(closure, model.parameters(), scaler=1024.0)
 
 
 @each

@@ -118,7 +118,12 @@ def fill_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor | No
     # a copy: `.grad` takes over what it is handed, and the next accumulation would write into it
     copies = [None if g is None else g.detach().to(p.dtype, copy=True) for p, g in zip(parameters, gradients)]
     require_finite_all("gradients", copies)
-    pairs = [(p, g) for p, g in zip(parameters, copies) if g is not None]
+    hand_over(parameters, copies)
+
+
+def hand_over(parameters: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Like `fill_gradients`, without a check and without a copy: `.grad` takes over what it is handed."""
+    pairs = [(p, g) for p, g in zip(parameters, gradients) if g is not None]
     if pairs:
         # a fresh view per parameter: the gradient then enters through the same node that backward uses
         with torch.enable_grad():

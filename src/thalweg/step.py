@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError, describe, require_finite
+from thalweg.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    NonFiniteError,
+    describe,
+    require_finite,
+)
 from thalweg.losses import losses_per_example as losses_per_example
 from thalweg.losses import mean_loss as mean_loss
 from thalweg.noise import Key, fresh_key
-from thalweg.parameters import collect, fill_gradients
+from thalweg.parameters import collect, fill_gradients, hand_over
+from thalweg.wrappers import refuse_wrappers as refuse_wrappers
 
 Closure = Callable[[], Tensor]
 
@@ -32,6 +38,10 @@ class Estimate:
     loss: Tensor
     gradients: tuple[Tensor | None, ...]
     evaluations: int
+
+    def fill(self, parameters: Sequence[Tensor]) -> None:
+        """Hand each parameter its gradient through autograd, all checked before the first is."""
+        fill_gradients(parameters, self.gradients)
 
 
 @runtime_checkable
@@ -157,27 +167,32 @@ def backward(
     *,
     gradient: Rule | None = None,
     key: Key | None = None,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> Tensor:
     """Fill `.grad` of the parameters by the rule of your choice, in place of `loss.backward()`.
 
     Args:
         closure: computes the loss on a fixed batch; a scalar, or one value per example of shape (batch,),
             whose mean is then the loss, or a mapping of named losses, whose sum is. Some rules call it more
-            than once, so it must not step anything. With an AMP scaler return the scaled loss, and unscale
-            as usual.
+            than once, so it must not step anything.
         parameters: what gets a gradient, for example `model.parameters()`.
         gradient: a rule: `Backprop()` (the default), `ForwardGradient`, `SPSA`, `EvolutionStrategies`,
             `ScoreFunction`, or your own object with a method `estimate`.
         key: the name of this step's random draws; None takes a fresh one, governed by `torch.manual_seed`.
             Give one when the same draws must come again, as in the line search of L-BFGS.
+        scaler: an AMP scaler, while the closure returns the plain loss: `.grad` then holds the gradient of
+            the scaled loss, and `unscale_`, `step` and `update` follow as usual. Where something overflows
+            no error is raised but `.grad` is infinite, so that the scaler skips the step and lowers its
+            scale. None, or a disabled one, for no scaling.
 
     Returns:
-        The loss, a detached scalar.
+        The loss, a detached scalar, not scaled; nan where it overflowed under a scaler.
 
     Raises:
         ArgumentError, ArgumentTypeError: a wrong argument; nothing was changed.
-        NonFiniteError: the loss or a gradient is nan or infinite; no `.grad` was changed. Under `Backprop`
-            only the loss is checked: non-finite gradients arrive in `.grad`, where a `GradScaler` sees them.
+        NonFiniteError: the loss or a gradient is nan or infinite, and there is no scaler to see it; no
+            `.grad` was changed. Under `Backprop` only the loss is checked, as in `loss.backward()`:
+            non-finite gradients arrive in `.grad`.
         UnsupportedError: the closure runs a DistributedDataParallel or FSDP module under another rule than
             `Backprop`; use the bare module and `thalweg.all_reduce_gradients_`.
 
@@ -198,7 +213,15 @@ def backward(
         raise ArgumentTypeError("gradient", rule, "a rule such as thalweg.SPSA()", _not_a_rule(rule))
     if key is not None and not isinstance(key, Key):
         raise ArgumentTypeError("key", key, "a thalweg.noise.Key or None")
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise ArgumentTypeError("scaler", scaler, "a torch.amp.GradScaler or None")
     found = collect(parameters)
+    if scaler is None or not scaler.is_enabled():
+        return _fill(closure, found, rule, key)
+    return _fill_scaled(closure, found, rule, key, scaler)
+
+
+def _fill(closure: Closure, found: tuple[Tensor, ...], rule: Rule, key: Key | None) -> Tensor:
     if isinstance(rule, Backprop):
         # the route the user already has: no copies, and a data-parallel wrapper keeps working
         with torch.enable_grad():
@@ -214,8 +237,40 @@ def backward(
     require_finite("the loss", estimate.loss)
     if estimate.gradients and all(gradient is None for gradient in estimate.gradients):
         raise ArgumentError("closure", estimate.loss, "a loss that depends on the parameters", _CUT)
-    fill_gradients(found, estimate.gradients)
+    estimate.fill(found)
     return estimate.loss
+
+
+def _fill_scaled(
+    closure: Closure, found: tuple[Tensor, ...], rule: Rule, key: Key | None, scaler: torch.amp.GradScaler
+) -> Tensor:
+    raised: list[NonFiniteError] = []
+
+    def scaled() -> Any:
+        try:
+            losses = closure()
+        except NonFiniteError as error:
+            # the closure's own refusal, which no scale mends
+            raised.append(error)
+            raise
+        return _scale(losses, scaler)
+
+    try:
+        loss = _fill(scaled, found, rule, key)
+    except NonFiniteError:
+        if raised:
+            raise
+        hand_over(found, [torch.full_like(p, float("inf")) for p in found])
+        return found[0].new_full((), float("nan")).detach()
+    # through its public method: no synchronisation
+    return loss / scaler.scale(torch.ones_like(loss))
+
+
+def _scale(losses: Any, scaler: torch.amp.GradScaler) -> Any:
+    if isinstance(losses, Mapping):
+        return {name: _scale(loss, scaler) for name, loss in losses.items()}
+    # what is no tensor is refused by name later
+    return scaler.scale(losses) if isinstance(losses, Tensor) else losses
 
 
 def _reaches(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
@@ -243,27 +298,3 @@ def _not_a_rule(rule: object) -> str:
     if isinstance(rule, type):
         return f"Make one: {rule.__name__}()."
     return f"{describe(rule)} has no method estimate(closure, parameters, key)."
-
-
-@contextmanager
-def refuse_wrappers(rule: str) -> Iterator[None]:
-    """Refuse data-parallel wrappers inside a body that does not run their backward."""
-    import torch.distributed as dist
-
-    if not (dist.is_available() and dist.is_initialized()):
-        yield
-        return
-
-    def refuse(module: nn.Module, _inputs: object) -> None:
-        for cls in type(module).__mro__:
-            if cls.__name__ in ("DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule"):
-                raise UnsupportedError(
-                    f"{rule} under {cls.__name__}: its communication hooks would not fire. Pass the bare "
-                    "module on every rank and call thalweg.all_reduce_gradients_(parameters) afterwards"
-                )
-
-    handle = nn.modules.module.register_module_forward_pre_hook(refuse)
-    try:
-        yield
-    finally:
-        handle.remove()

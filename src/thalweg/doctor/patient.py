@@ -15,7 +15,7 @@ from thalweg.borrowed import isolated
 from thalweg.errors import ArgumentError, ArgumentTypeError
 from thalweg.ledger.storages import written_name
 from thalweg.parameters import collect
-from thalweg.step import refuse_wrappers
+from thalweg.wrappers import refuse_wrappers
 
 Losses = Callable[[], Any] | Mapping[str, Callable[[], Any]]
 

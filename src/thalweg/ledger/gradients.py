@@ -13,7 +13,8 @@ from torch import Tensor
 from thalweg.errors import ArgumentError, ArgumentTypeError
 from thalweg.losses import mean_loss
 from thalweg.noise import Key
-from thalweg.step import Backprop, Phase, Rule, Step, refuse_wrappers
+from thalweg.step import Backprop, Phase, Rule, Step
+from thalweg.wrappers import refuse_wrappers
 
 Around = Callable[[], AbstractContextManager[Any]]
 

@@ -20,7 +20,7 @@ from thalweg.rollouts.reversible import Reversible, reverse_reversible_heun
 from thalweg.rollouts.rollout import rollout
 from thalweg.rollouts.sweep import Gradients, Sweep, attach
 from thalweg.rollouts.tableaus import State, Tableau
-from thalweg.step import refuse_wrappers
+from thalweg.wrappers import refuse_wrappers
 
 
 @dataclass(frozen=True, slots=True, eq=False)
