@@ -15,6 +15,7 @@ from thalweg.problems import BernoulliNet
 from thalweg.score import bernoulli_log_probability, bernoulli_score
 from thalweg.step import backward
 from thalweg.stochastic import BinaryNeuron, Enumeration, ScoreFunction, StraightThrough, score_function
+from thalweg.stochastic.minimum_variance import MinimumVariance
 from thalweg.stochastic.tape import Tape, recording
 
 
@@ -92,7 +93,7 @@ def test_enumeration_agrees_with_the_folded_enumeration_of_the_problem(gates):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("baseline", ["none", "mean"])
+@pytest.mark.parametrize("baseline", ["none", "mean", "minimum_variance"])
 def test_e1_score_function_is_unbiased_through_two_layers(baseline, monkeypatch):
     """Every joint outcome of all units of both examples, each weighed by its probability."""
     net = TwoLayers(batch=2)
@@ -103,9 +104,8 @@ def test_e1_score_function_is_unbiased_through_two_layers(baseline, monkeypatch)
         plan = torch.tensor(bits, dtype=torch.float64).view(2, 2, 2)
         tapes = []
 
-        def forced(plan=plan, tapes=tapes):
-            outcomes = iter(plan)
-            tapes.append(Tape(force=lambda logits: next(outcomes)))
+        def forced(salt, plan=plan, tapes=tapes):
+            tapes.append(Tape(lambda index, logits, numbers: plan[index], salt=salt))
             return tapes[0]
 
         monkeypatch.setattr(score_function, "Tape", forced)
@@ -117,11 +117,44 @@ def test_e1_score_function_is_unbiased_through_two_layers(baseline, monkeypatch)
         torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("baseline", ["none", "mean"])
-def test_score_function_by_sampling_lies_within_five_standard_errors(baseline):
+def test_e7_leave_one_out_is_unbiased_through_two_layers(monkeypatch):
+    """Two runs of one example: all pairs of joint outcomes, each pair weighed by its probability."""
+    net = TwoLayers(batch=1)
+    _, exact = exact_by_hand(net)
+    parameters = list(net.parameters())
+    mean = [torch.zeros_like(p) for p in parameters]
+    for bits in itertools.product([0.0, 1.0], repeat=8):
+        plans = torch.tensor(bits, dtype=torch.float64).view(2, 2, 1, 2)
+        tapes = []
+
+        def forced(salt, plans=plans, tapes=tapes):
+            plan = plans[len(tapes)]
+            tapes.append(Tape(lambda index, logits, numbers: plan[index], salt=salt))
+            return tapes[-1]
+
+        monkeypatch.setattr(score_function, "Tape", forced)
+        found = ScoreFunction("leave_one_out", samples=2).estimate(net, parameters, Key(0))
+        logs = [bernoulli_log_probability(h, a).sum() for t in tapes for h, a in zip(t.outcomes, t.logits)]
+        mean = [m + sum(logs).exp().detach() * g for m, g in zip(mean, found.gradients)]
+    for a, b in zip(mean, exact):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        ScoreFunction(),
+        ScoreFunction("mean"),
+        ScoreFunction("minimum_variance"),
+        ScoreFunction(MinimumVariance()),
+        ScoreFunction("leave_one_out", samples=3),
+    ],
+    ids=["none", "mean", "minimum_variance", "moving", "leave_one_out"],
+)
+def test_score_function_by_sampling_lies_within_five_standard_errors(rule):
     net = BernoulliNet(gates=4, batch=3, seed=1)
     parameters = list(net.parameters())
-    found = [ScoreFunction(baseline).estimate(net, parameters, Key(0)).gradients for _ in range(3000)]
+    found = [rule.estimate(net, parameters, Key(0)).gradients for _ in range(2000)]
     for index, exact in enumerate(net.exact_gradient()):
         samples = torch.stack([gradients[index] for gradients in found])
         error = samples.std(0) / len(samples) ** 0.5
@@ -201,6 +234,17 @@ def test_enumeration_replays_dropout():
     assert all(torch.equal(mask, masks[0]) for mask in masks)
 
 
+def test_enumeration_inside_a_checkpoint_is_exact():
+    net = TwoLayers()
+    expected = Enumeration().estimate(net, list(net.parameters()), Key(0))
+    found = Enumeration().estimate(
+        lambda: checkpoint(net, use_reentrant=False), list(net.parameters()), Key(0)
+    )
+    assert torch.equal(found.loss, expected.loss)
+    for a, b in zip(found.gradients, expected.gradients):
+        assert torch.equal(a, b)
+
+
 def unit_net(*middle):
     return nn.Sequential(nn.Linear(3, 2), BinaryNeuron(gradient=None), *middle, nn.Linear(2, 1))
 
@@ -269,13 +313,6 @@ def test_enumeration_refuses_what_it_cannot_do_exactly():
     mixing = unit_net(nn.BatchNorm1d(2))
     with pytest.raises(UnsupportedError, match="BatchNorm1d"):
         backward(lambda: mixing(x).squeeze(1), mixing.parameters(), gradient=Enumeration())
-    inside = unit_net()
-    with pytest.raises(UnsupportedError, match="checkpoint"):
-        backward(
-            lambda: checkpoint(inside, x, use_reentrant=False).squeeze(1),
-            inside.parameters(),
-            gradient=Enumeration(),
-        )
     branching = unit_net()
 
     def closure():
@@ -313,7 +350,24 @@ def test_bad_fields_are_refused_by_name():
 
 def test_a_closed_tape_records_no_rerun():
     unit, logits, tape = BinaryNeuron(gradient=None), torch.zeros(4, 2, requires_grad=True), Tape()
+    tape.run(lambda: unit(logits).sum(1))
     with recording(tape):
-        tape.run(lambda: unit(logits).sum(1))
         unit(logits)
-    assert len(tape.logits) == len(tape.outcomes) == 1
+    assert len(tape.logits) == len(tape.outcomes) == len(tape.numbers) == 1
+
+
+def test_a_tape_draws_the_bits_of_a_plain_forward_whatever_it_then_forces():
+    body = nn.Sequential(nn.Linear(3, 4), BinaryNeuron(gradient=None), nn.Dropout(0.5), nn.Linear(4, 1))
+    x = torch.randn(64, 3)
+    torch.manual_seed(5)
+    plain, after = body(x).squeeze(1), torch.rand(1)
+    tapes = {
+        "plain": Tape(),
+        "forced": Tape(lambda index, logits, numbers: torch.ones_like(logits)),
+        "salted": Tape(salt=3),
+    }
+    for name, tape in tapes.items():
+        torch.manual_seed(5)
+        losses = tape.run(lambda: body(x).squeeze(1))
+        assert torch.equal(after, torch.rand(1))
+        assert torch.equal(losses, plain) == (name == "plain")

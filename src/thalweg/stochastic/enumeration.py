@@ -13,7 +13,8 @@ from thalweg.errors import ArgumentError, UnsupportedError, require_integer
 from thalweg.noise import Key, replayed
 from thalweg.score import bernoulli_log_probability
 from thalweg.step import Closure, Estimate
-from thalweg.stochastic.tape import Tape, recording
+from thalweg.stochastic.score_function import add
+from thalweg.stochastic.tape import Tape
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +54,7 @@ class Enumeration:
         Raises:
             ArgumentError: more units than the limit, a scalar loss, no unit with `gradient=None` in training
                 mode, or the first dimension of a unit's logits is not the batch.
-            UnsupportedError: the number of units depends on their outcomes, a BatchNorm in training mode, or
-                a unit inside a checkpoint.
+            UnsupportedError: the number of units depends on their outcomes, or a BatchNorm in training mode.
         """
         run = replayed(closure, [parameter.device for parameter in parameters])
         expected: Tensor | None = None
@@ -63,14 +63,11 @@ class Enumeration:
         with _no_mixing():
             while units < 0 or pattern < 2**units:
                 outcomes = _Outcomes(pattern, self.limit)
-                tape = Tape(force=outcomes)
-                with recording(tape):
-                    weighted = _weighted(tape, tape.run(run))
-                if not weighted.requires_grad:
-                    raise ArgumentError("closure", weighted, "losses that depend on the parameters")
-                found = torch.autograd.grad(weighted, list(parameters), allow_unused=True)
-                totals = [_add(total, part) for total, part in zip(totals, found)]
-                expected = _add(expected, weighted.detach())
+                tape = Tape(outcomes)
+                weighted = _weighted(tape, tape.run(run))
+                found = tape.pull([weighted], [torch.ones_like(weighted)], parameters)
+                totals = [add(total, part) for total, part in zip(totals, found)]
+                expected = add(expected, weighted.detach())
                 if units not in (-1, outcomes.count):
                     raise UnsupportedError("Enumeration: the number of units depends on their outcomes")
                 pattern, units = pattern + 1, outcomes.count
@@ -84,27 +81,22 @@ class _Outcomes:
     def __init__(self, pattern: int, limit: int) -> None:
         self._pattern = pattern
         self._limit = limit
-        self._hooks = _saving_hooks()
+        self._first: list[int] = []
         self.count = 0
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        if _saving_hooks() != self._hooks:
-            mend = "run the units outside of torch.utils.checkpoint, which would draw them anew"
-            raise UnsupportedError(f"Enumeration of a unit inside a checkpoint: {mend}")
+    def __call__(self, index: int, logits: Tensor, numbers: Tensor) -> Tensor:
         own = logits[0].numel() if logits.ndim and len(logits) else 1
-        first, self.count = self.count, self.count + own
+        if index == len(self._first):
+            self._first.append(self.count)
+            self.count += own
         if self.count > self._limit:
             mend = "Raise Enumeration(limit=...), at twice the runs for each unit, or use ScoreFunction()."
             raise ArgumentError(
                 "limit", self._limit, f"at least the number of units, {self.count} or more", mend
             )
-        bits = [float(self._pattern >> (first + i) & 1) for i in range(own)]
+        bits = [float(self._pattern >> (self._first[index] + i) & 1) for i in range(own)]
         row = torch.tensor(bits, dtype=logits.dtype, device=logits.device)
         return row.view(logits.shape[1:]).expand(logits.shape).clone()
-
-
-def _saving_hooks() -> object:
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _weighted(tape: Tape, losses: Tensor) -> Tensor:
@@ -114,12 +106,6 @@ def _weighted(tape: Tape, losses: Tensor) -> Tensor:
         for logits, outcome in zip(tape.logits, tape.outcomes)
     ]
     return (torch.stack(logs).sum(0).exp() * losses).mean()
-
-
-def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if total is None or part is None:
-        return part if total is None else total
-    return total + part
 
 
 @contextmanager

@@ -95,18 +95,15 @@ class BinaryNeuron(nn.Module):
         """Decide; `logits` and the result have the same shape and dtype."""
         require_floating("logits", logits)
         running = tape.current() if self.gradient is None and self.training else None
-        if running is not None and running.force is not None:
-            hard = running.force(logits.detach())
-        elif self.training:
-            hard = _fire(logits.detach())
+        if running is not None:
+            return running.outcome(logits)
+        if self.training:
+            hard = tape.fires(logits, tape.uniform_numbers(logits, noise.fresh_key(logits)))
         else:
             hard = (logits.detach() > self.threshold).to(logits.dtype)
-        hard = torch.where(logits.detach().isnan(), logits.detach(), hard)
+            hard = torch.where(logits.detach().isnan(), logits.detach(), hard)
         if self.gradient is not None:
             return straight_through(logits, hard, slope=self.gradient.slope)
-        if running is not None:
-            running.record(logits, hard)
-            return hard
         if torch.compiler.is_compiling() and not logits.requires_grad:
             return hard
         refused: Tensor = _Refused.apply(logits, hard)  # type: ignore[no-untyped-call]
@@ -115,13 +112,6 @@ class BinaryNeuron(nn.Module):
     def extra_repr(self) -> str:
         """The fields, for printing."""
         return f"gradient={self.gradient}, threshold={self.threshold}"
-
-
-def _fire(logits: Tensor) -> Tensor:
-    # in float32 at least: rounding to 8 bits would move every probability, and those near 1 to 1
-    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    drawn = noise.uniform(precise, noise.fresh_key(precise))
-    return (drawn < torch.sigmoid(precise)).to(logits.dtype)
 
 
 class _Refused(torch.autograd.Function):
