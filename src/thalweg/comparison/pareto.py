@@ -93,9 +93,11 @@ def error_against_bytes(rows: Collection[Any]) -> Figure:
 
 
 def _scale(panel: Axes, values: list[float], unit: str) -> None:
-    """A logarithmic axis that has room for zero, ticked at 1, 2, 5 and 10."""
+    """A logarithmic axis that has room for zero, ticked at 1, 2, 5 and 10, or where the only values are."""
     positive = [value for value in values if value > 0]
     if not positive:
+        panel.set_xticks([0.0] if values else [], [scaled(0.0, unit)] if values else [])
+        panel.set_xlim(-1, 5)
         return
     if min(values) > 0:
         panel.set_xscale("log")
@@ -105,6 +107,8 @@ def _scale(panel: Axes, values: list[float], unit: str) -> None:
     low, high = min(positive), max(positive)
     ticks = [digit * 10.0**power for power in powers for digit in (1, 2, 5)]
     shown = [tick for tick in ticks if low / 1.3 <= tick <= high * 1.3]
+    # nothing round between values that are all alike
+    shown = shown or [low]
     shown = ([] if min(values) > 0 else [0.0]) + shown
     panel.set_xticks(shown, [scaled(tick, unit) for tick in shown])
     panel.minorticks_off()
