@@ -203,6 +203,40 @@ def test_the_key_decides_the_draw_and_manual_seed_decides_the_key() -> None:
     assert draw_key() != draw_key()
 
 
+@each
+def test_inference_mode_is_refused_and_no_grad_is_not(rule: Rule) -> None:
+    model, closure = problem()
+    with torch.inference_mode(), pytest.raises(UnsupportedError, match="inference mode"):
+        backward(closure, model.parameters(), gradient=rule)
+    assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        backward(closure, model.parameters(), gradient=rule)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("rule", [Backprop(), SPSA(), ForwardGradient(), EvolutionStrategies()], ids=repr)
+def test_parameters_without_data_get_gradients_without_data(rule: Rule) -> None:
+    model = nn.Linear(3, 1, device="meta")
+    x = torch.empty(5, 3, device="meta")
+    backward(lambda: model(x).square().mean(), model.parameters(), gradient=rule)
+    for p in model.parameters():
+        assert p.grad is not None
+        assert p.grad.is_meta
+        assert p.grad.shape == p.shape
+
+
+def test_a_sparse_embedding_accumulates_sparse_gradients() -> None:
+    table = nn.Embedding(20, 4, sparse=True)
+    dense = nn.Embedding.from_pretrained(table.weight.detach().clone(), freeze=False)
+    x = torch.randint(20, (8,))
+    for _ in range(2):
+        backward(lambda: table(x).square().mean(), table.parameters())
+        backward(lambda: dense(x).square().mean(), dense.parameters())
+    assert table.weight.grad is not None
+    assert table.weight.grad.is_sparse
+    torch.testing.assert_close(table.weight.grad.to_dense(), dense.weight.grad)
+
+
 # in the loops people have
 
 

@@ -135,7 +135,7 @@ def replayed(body: Callable[[], T], devices: Iterable[torch.device] = ()) -> Cal
     modules = [
         (torch.get_device_module(device), device)
         for device in sorted(set(devices), key=str)
-        if device.type != "cpu"
+        if device.type not in ("cpu", "meta")
     ]
     modules = [(module, device) for module, device in modules if hasattr(module, "set_rng_state")]
     states: list[Tensor] = []

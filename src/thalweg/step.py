@@ -13,6 +13,7 @@ from thalweg.errors import (
     ArgumentError,
     ArgumentTypeError,
     NonFiniteError,
+    UnsupportedError,
     describe,
     require_finite,
 )
@@ -40,7 +41,13 @@ class Estimate:
     evaluations: int
 
     def fill(self, parameters: Sequence[Tensor]) -> None:
-        """Hand each parameter its gradient through autograd, all checked before the first is."""
+        """Hand each parameter its gradient through autograd, all checked before the first is.
+
+        Raises:
+            ArgumentError: no parameter has a gradient.
+        """
+        if self.gradients and all(gradient is None for gradient in self.gradients):
+            raise ArgumentError("closure", self.loss, "a loss that depends on the parameters", _CUT)
         fill_gradients(parameters, self.gradients)
 
 
@@ -194,7 +201,8 @@ def backward(
             `.grad` was changed. Under `Backprop` only the loss is checked, as in `loss.backward()`:
             non-finite gradients arrive in `.grad`.
         UnsupportedError: the closure runs a DistributedDataParallel or FSDP module under another rule than
-            `Backprop`; use the bare module and `thalweg.all_reduce_gradients_`.
+            `Backprop`: use the bare module and `thalweg.all_reduce_gradients_`; or it is called inside
+            `torch.inference_mode`.
 
     Example:
         >>> model = nn.Linear(2, 1)
@@ -213,6 +221,8 @@ def backward(
         raise ArgumentTypeError("gradient", rule, "a rule such as thalweg.SPSA()", _not_a_rule(rule))
     if key is not None and not isinstance(key, Key):
         raise ArgumentTypeError("key", key, "a thalweg.noise.Key or None")
+    if torch.is_inference_mode_enabled():
+        raise UnsupportedError("backward: inference mode makes no gradients; call it outside of the block")
     if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
         raise ArgumentTypeError("scaler", scaler, "a torch.amp.GradScaler or None")
     found = collect(parameters)
@@ -235,8 +245,6 @@ def _fill(closure: Closure, found: tuple[Tensor, ...], rule: Rule, key: Key | No
     with refuse_wrappers(type(rule).__name__):
         estimate = rule.estimate(closure, found, key if key is not None else draw_key())
     require_finite("the loss", estimate.loss)
-    if estimate.gradients and all(gradient is None for gradient in estimate.gradients):
-        raise ArgumentError("closure", estimate.loss, "a loss that depends on the parameters", _CUT)
     estimate.fill(found)
     return estimate.loss
 
