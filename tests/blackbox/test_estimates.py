@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
+from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient, LowRank, Sparse
 from thalweg.blackbox.directions import combine, direction
 from thalweg.noise import Key
 from thalweg.problems import Quadratic
@@ -58,18 +58,25 @@ def test_forward_gradient_is_the_limit_of_the_central_estimate(directions):
     assert 80 < errors[0] / errors[1] < 120
 
 
-def test_sum_over_a_full_orthonormal_set_of_directions_is_the_gradient(monkeypatch):
+class Basis:
+    """A pattern of one's own: the columns of an orthonormal matrix, one after another."""
+
+    def __init__(self, columns):
+        self.columns, self.weights = columns, (1.0,) * len(columns)
+
+    def bind(self, parameters, key, samples):
+        return self
+
+    def part(self, sample, index, value):
+        return self.columns[sample].clone()
+
+
+def test_sum_over_a_full_orthonormal_set_of_directions_is_the_gradient():
     problem, point, exact = quadratic_at_a_point(6)
-    basis = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
-
-    def of_the_basis(kind, like, key, sample, index):
-        return basis[sample].clone()
-
-    for module in ("directions", "estimate", "forward_gradient"):
-        monkeypatch.setattr(f"thalweg.blackbox.{module}.direction", of_the_basis)
-    for rule in (SPSA(samples=6), ForwardGradient(samples=6)):
+    basis = Basis(torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q.T)
+    for rule in (SPSA(directions=basis), ForwardGradient(directions=basis)):
         estimate = rule.estimate(lambda: problem.loss(point), [point], Key(0))
-        torch.testing.assert_close(6 * estimate.gradients[0], exact, rtol=0, atol=1e-9)
+        torch.testing.assert_close(estimate.gradients[0], exact, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +84,8 @@ def test_sum_over_a_full_orthonormal_set_of_directions_is_the_gradient(monkeypat
     [
         (SPSA(directions="gaussian"), DIMENSION + 2),
         (SPSA(directions="rademacher"), DIMENSION),
+        (SPSA(directions="sphere"), DIMENSION),
+        (SPSA(samples=5, directions="sphere"), (DIMENSION + 5 - 1) / 5),
         (SPSA(samples=5, directions="gaussian"), (DIMENSION + 5 + 1) / 5),
         (SPSA(samples=5, directions="rademacher"), (DIMENSION + 5 - 1) / 5),
         (ForwardGradient(directions="gaussian"), DIMENSION + 2),
@@ -208,7 +217,13 @@ def test_per_example_losses_mean_their_mean(rule):
 
 
 @pytest.mark.parametrize(
-    "rule", [SPSA(2, 0.1, "gaussian", "forward", "swap"), ForwardGradient(3), EvolutionStrategies(4)]
+    "rule",
+    [
+        SPSA(2, 0.1, "gaussian", "forward", "swap"),
+        SPSA(directions=Sparse(0.5, of=LowRank(3))),
+        ForwardGradient(3),
+        EvolutionStrategies(4),
+    ],
 )
 def test_policies_pickle_print_and_compare(rule):
     assert pickle.loads(pickle.dumps(rule)) == rule
@@ -223,9 +238,14 @@ def test_policies_pickle_print_and_compare(rule):
         (lambda: SPSA(samples=1.5), "samples"),
         (lambda: SPSA(scale=0.0), "scale"),
         (lambda: SPSA(scale=float("nan")), "scale"),
-        (lambda: SPSA(directions="sphere"), "directions"),
+        (lambda: SPSA(directions="cube"), "directions"),
+        (lambda: SPSA(directions=LowRank), "directions"),
+        (lambda: SPSA(directions=3), "directions"),
+        (lambda: SPSA(weights="ranks"), "weights"),
+        (lambda: SPSA(allow_drift=1), "allow_drift"),
+        (lambda: SPSA(restore="inplace", directions=Sparse(keep="largest")), "restore"),
         (lambda: SPSA(side="backward"), "side"),
-        (lambda: SPSA(restore="inplace"), "restore"),
+        (lambda: SPSA(restore="move"), "restore"),
         (lambda: ForwardGradient(samples=True), "samples"),
         (lambda: ForwardGradient(directions="x"), "directions"),
         (lambda: EvolutionStrategies(samples=1, antithetic=False, weights="ranks"), "samples"),

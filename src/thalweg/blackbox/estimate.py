@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from thalweg.blackbox.directions import Directions, direction
+from thalweg.borrowed import unexpanded
 from thalweg.errors import NonFiniteError
-from thalweg.noise import Key, replayed
-from thalweg.parameters import Place, unexpanded
-from thalweg.step import Closure, losses_per_example
+from thalweg.losses import losses_per_example
+from thalweg.noise import replayed
+from thalweg.step import Closure
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +132,6 @@ class Evaluations:
             self._buffers.rewind()
             raise
         return losses.to(torch.promote_types(losses.dtype, torch.float32)).mean()
-
-    def loss_along(
-        self, move: Callable[[Place], None], kind: Directions, key: Key, sample: int, step: float
-    ) -> Tensor:
-        """Evaluate where `move`, of a `loan`, puts the parameters: `step` along direction `sample`."""
-
-        def moved(index: int, value: Tensor, out: Tensor | None) -> Tensor:
-            drawn = direction(kind, value, key, sample, index)
-            # one rounding: the product is not rounded to a low precision before the sum
-            return torch.add(value, drawn, alpha=step, out=drawn if out is None else out)
-
-        move(moved)
-        return self.loss(f"sample {sample}, sign {'+' if step > 0 else '-'}")
 
 
 @contextmanager

@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from thalweg.blackbox.directions import combine
+from thalweg.blackbox.directions import Bound, bind
 from thalweg.blackbox.estimate import Evaluations
+from thalweg.blackbox.slopes import Slopes
+from thalweg.blackbox.walk import walk
 from thalweg.errors import ArgumentTypeError, require_choice, require_integer, require_positive
 from thalweg.noise import Key
-from thalweg.parameters import loan
 from thalweg.step import Closure, Estimate
 
 
@@ -73,22 +74,28 @@ class EvolutionStrategies:
             NonFiniteError: a loss is nan or infinite; the message names the sample and the sign. Parameters
                 and buffers are as before.
         """
-        evaluations = Evaluations(closure, parameters)
-        signs = (1, -1) if self.antithetic else (1,)
         with torch.no_grad():
-            with loan(parameters) as move:
-                losses = torch.stack(
-                    [
-                        evaluations.loss_along(move, "gaussian", key, sample, sign * self.scale)
-                        for sample in range(self.samples)
-                        for sign in signs
-                    ]
-                )
-            weights = losses if self.weights == "raw" else centred_ranks(losses)
-            signed = weights.view(self.samples, len(signs)) * weights.new_tensor(signs)
-            coefficients = signed.sum(1) / (len(losses) * self.scale)
-            gradients = combine("gaussian", list(coefficients), parameters, key)
-        return Estimate(losses.mean(), gradients, evaluations.count)
+            return self.measure(Evaluations(closure, parameters), parameters, key).estimate(parameters)
+
+    def bind(self, parameters: Sequence[Tensor], key: Key) -> Bound:
+        """The directions of the estimate with this key."""
+        return bind("gaussian", parameters, key, self.samples)
+
+    def measure(self, evaluations: Evaluations, parameters: Sequence[Tensor], key: Key) -> Slopes:
+        """As `estimate`, but the direction stays a few numbers and a key."""
+        bound = self.bind(parameters, key)
+        signs = (1, -1) if self.antithetic else (1,)
+        found = []
+        with torch.no_grad(), walk(parameters, bound, "copy") as go:
+            for sample in range(self.samples):
+                for sign in signs:
+                    go(sample, sign * self.scale)
+                    found.append(evaluations.loss(f"sample {sample}, sign {'+' if sign > 0 else '-'}"))
+        losses = torch.stack(found)
+        weights = losses if self.weights == "raw" else centred_ranks(losses)
+        signed = weights.view(self.samples, len(signs)) * weights.new_tensor(signs)
+        coefficients = signed.sum(1) / (len(losses) * self.scale)
+        return Slopes(losses.mean(), tuple(coefficients), bound, evaluations.count)
 
 
 def centred_ranks(losses: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from thalweg.blackbox.directions import DIRECTIONS, Directions, combine, direction
+from thalweg.blackbox.directions import Bound, Directions, bind, require_directions
 from thalweg.blackbox.estimate import Evaluations, eager_if
-from thalweg.errors import ArgumentError, UnsupportedError, require_choice, require_integer
+from thalweg.blackbox.slopes import Slopes
+from thalweg.errors import ArgumentError, UnsupportedError, require_integer
 from thalweg.noise import Key
 from thalweg.step import Closure, Estimate
 
@@ -38,7 +39,7 @@ class ForwardGradient:
 
     Args:
         samples: directions per estimate, at least 1; each is one evaluation.
-        directions: "rademacher" (second moment d) or "gaussian" (second moment d + 2).
+        directions: "rademacher" (second moment d), "gaussian" (d + 2), or any other that `SPSA` takes.
 
     Raises:
         ArgumentError, ArgumentTypeError: a field out of range.
@@ -59,7 +60,7 @@ class ForwardGradient:
 
     def __post_init__(self) -> None:
         require_integer("samples", self.samples, 1)
-        require_choice("directions", self.directions, DIRECTIONS)
+        require_directions("directions", self.directions)
 
     def estimate(self, closure: Closure, parameters: Sequence[Tensor], key: Key) -> Estimate:
         """One evaluation per sample, each with one Jacobian-vector product.
@@ -69,23 +70,32 @@ class ForwardGradient:
                 autograd.Function that would drop the tangent.
             ArgumentError: the loss does not depend on the parameters.
         """
-        evaluations = Evaluations(closure, parameters)
+        found = self.measure(Evaluations(closure, parameters), parameters, key)
+        with torch.no_grad():
+            return found.estimate(parameters)
+
+    def bind(self, parameters: Sequence[Tensor], key: Key) -> Bound:
+        """The directions of the estimate with this key."""
+        return bind(self.directions, parameters, key, self.samples)
+
+    def measure(self, evaluations: Evaluations, parameters: Sequence[Tensor], key: Key) -> Slopes:
+        """As `estimate`, but the gradient stays a few numbers and a key."""
+        bound = self.bind(parameters, key)
         coefficients: list[Tensor] = []
-        with _without_reverse(parameters), _served_kernels():
-            for sample in range(self.samples):
+        # enabled before `_Watch` looks: what it lets back to the caller's mode would stop tangents for good
+        with torch.enable_grad(), _without_reverse(parameters), _served_kernels():
+            for sample, weight in enumerate(bound.weights):
                 tangents = (
-                    direction(self.directions, parameter.detach(), key, sample, index)
+                    bound.part(sample, index, parameter.detach())
                     for index, parameter in enumerate(parameters)
                 )
                 loss, slope = _slope(evaluations, f"sample {sample}", parameters, tangents)
-                coefficients.append(slope / self.samples)
-            with torch.no_grad():
-                gradients = combine(self.directions, coefficients, parameters, key)
-        return Estimate(loss, gradients, evaluations.count)
+                coefficients.append(slope * weight)
+        return Slopes(loss, tuple(coefficients), bound, evaluations.count)
 
 
 def _slope(
-    evaluations: Evaluations, name: str, parameters: Sequence[Tensor], tangents: Iterator[Tensor]
+    evaluations: Evaluations, name: str, parameters: Sequence[Tensor], tangents: Iterator[Tensor | None]
 ) -> tuple[Tensor, Tensor]:
     """The loss and its derivative along the tangents."""
     if forward_ad._current_level >= 0:
@@ -95,6 +105,8 @@ def _slope(
     try:
         with forward_ad.dual_level(), _Watch(parameters), torch.enable_grad():
             for parameter, tangent in zip(parameters, tangents):
+                if tangent is None:
+                    continue
                 # writes the same bits back and with them the tangent, on the very object that the closure
                 # uses; the tangent vanishes with the level
                 with _unsafe_preserve_version_counter(parameter):

@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from thalweg.blackbox.directions import DIRECTIONS, Directions, combine
+from thalweg.blackbox.directions import Bound, Directions, bind, reads_values, require_directions
 from thalweg.blackbox.estimate import Evaluations, eager_if
-from thalweg.errors import require_choice, require_integer, require_positive
+from thalweg.blackbox.slopes import Slopes
+from thalweg.blackbox.walk import RESTORES, Restore, walk
+from thalweg.errors import ArgumentError, ArgumentTypeError, require_choice, require_integer, require_positive
 from thalweg.noise import Key
-from thalweg.parameters import loan
 from thalweg.step import Closure, Estimate
 
 
@@ -32,16 +33,24 @@ class SPSA:
     differentiates with respect to its inputs has to call `torch.enable_grad()` itself.
 
     Args:
-        samples: directions per estimate, at least 1.
+        samples: directions per estimate, at least 1; with `Coordinates` sets of them.
         scale: length of the step along a direction, per coordinate, above 0; about a hundredth to a
             thousandth of a typical weight. In bfloat16 a step below 1/256 of a weight is rounded away.
-        directions: "rademacher" (second moment d) or "gaussian" (second moment d + 2).
+        directions: "rademacher" (second moment d), "gaussian" (d + 2), "sphere" (radius sqrt(d): d),
+            "coordinate" (one weight at a time, CGE), or a pattern: `LowRank`, `Sparse`, `Blocks`,
+            `Coordinates`.
         side: "central" takes two evaluations a sample, and is exact on quadratics; "forward" takes one a
-            sample and one for all, with an error of first order in the scale.
-        restore: how the weights come back, bit for bit either way. "copy" changes all at once and keeps a
-            copy of them; "swap" changes the weights of one module while it runs, so that memory grows by the
-            largest module only; parameters must then be used inside the module that owns them, and compiled
-            modules run uncompiled.
+            sample and one for all, with an error of first order in the scale; "one" takes one a sample, and
+            its variance is of the order of (loss / scale)^2: `OnePoint` subtracts a running baseline.
+        restore: how the weights come back. "copy" changes all at once and keeps a copy of them; "swap"
+            changes the weights of one module while it runs, so that memory grows by the largest module only;
+            parameters must then be used inside the module that owns them, and compiled modules run
+            uncompiled. Either is exact, bit for bit. "inplace" adds and subtracts again, anywhere and without
+            a copy, and rounds at each return: the weights drift by about 1e-6 of their size in 100 steps in
+            float32, by 10 % and more in half precision.
+        weights: "raw" weighs each direction by the slope along it, "sign" by the slope's sign alone: robust
+            against heavy tails, and *biased*, a search direction.
+        allow_drift: take "inplace" in float16 and bfloat16 too, where it is refused otherwise.
 
     Raises:
         ArgumentError, ArgumentTypeError: a field out of range.
@@ -62,42 +71,81 @@ class SPSA:
     samples: int = 1
     scale: float = 1e-3
     directions: Directions = "rademacher"
-    side: Literal["central", "forward"] = "central"
-    restore: Literal["copy", "swap"] = "copy"
+    side: Literal["central", "forward", "one"] = "central"
+    restore: Restore = "copy"
+    weights: Literal["raw", "sign"] = "raw"
+    allow_drift: bool = False
 
     def __post_init__(self) -> None:
         require_integer("samples", self.samples, 1)
         require_positive("scale", self.scale)
-        require_choice("directions", self.directions, DIRECTIONS)
-        require_choice("side", self.side, ("central", "forward"))
-        require_choice("restore", self.restore, ("copy", "swap"))
+        require_directions("directions", self.directions)
+        require_choice("side", self.side, ("central", "forward", "one"))
+        require_choice("restore", self.restore, RESTORES)
+        require_choice("weights", self.weights, ("raw", "sign"))
+        if not isinstance(self.allow_drift, bool):
+            raise ArgumentTypeError("allow_drift", self.allow_drift, "True or False")
+        if self.restore == "inplace" and reads_values(self.directions):
+            mend = "A mask by magnitude has to see the weights as they were: use 'swap' or 'copy'."
+            raise ArgumentError("restore", self.restore, "'copy' or 'swap' with these directions", mend)
 
     def estimate(self, closure: Closure, parameters: Sequence[Tensor], key: Key) -> Estimate:
-        """Two evaluations per sample ("central"), or one per sample and one more ("forward").
+        """Two evaluations per sample ("central"), one and one more ("forward"), or one ("one").
 
         Returns:
-            The gradient estimate; the loss is the mean of all evaluations ("central"), or the loss at the
-            unchanged parameters ("forward").
+            The gradient estimate; the loss is the mean of all evaluations, or the loss at the unchanged
+            parameters ("forward").
 
         Raises:
             NonFiniteError: a loss is nan or infinite; the message names the sample and the sign. Parameters
                 and buffers are as before.
+            ArgumentError: directions that do not fit the parameters, or "inplace" in half precision.
         """
-        evaluations = Evaluations(closure, parameters)
+        with torch.no_grad():
+            return self.measure(Evaluations(closure, parameters), parameters, key).estimate(parameters)
+
+    def bind(self, parameters: Sequence[Tensor], key: Key) -> Bound:
+        """The directions of the estimate with this key."""
+        return bind(self.directions, parameters, key, self.samples)
+
+    def measure(self, evaluations: Evaluations, parameters: Sequence[Tensor], key: Key) -> Slopes:
+        """As `estimate`, but the gradient stays a few numbers and a key."""
+        self.refuse_drift(parameters)
+        bound = self.bind(parameters, key)
         losses: list[Tensor] = []
-        coefficients: list[Tensor] = []
-        with torch.no_grad(), eager_if(self.restore == "swap"):
-            with loan(parameters, self.restore) as move:
-                if self.side == "forward":
-                    losses.append(evaluations.loss("the unchanged parameters"))
-                for sample in range(self.samples):
-                    plus = evaluations.loss_along(move, self.directions, key, sample, self.scale)
-                    if self.side == "central":
-                        minus = evaluations.loss_along(move, self.directions, key, sample, -self.scale)
-                        losses += [plus, minus]
-                        slope = (plus - minus) / (2 * self.scale)
-                    else:
-                        slope = (plus - losses[0]) / self.scale
-                    coefficients.append(slope / self.samples)
-            gradients = combine(self.directions, coefficients, parameters, key)
-        return Estimate(torch.stack(losses).mean(), gradients, evaluations.count)
+        slopes: list[Tensor] = []
+        with (
+            torch.no_grad(),
+            eager_if(self.restore == "swap"),
+            walk(parameters, bound, self.restore) as go,
+        ):
+            if self.side == "forward":
+                losses.append(evaluations.loss("the unchanged parameters"))
+            for sample in range(len(bound.weights)):
+                go(sample, self.scale)
+                plus = evaluations.loss(f"sample {sample}, sign +")
+                if self.side == "central":
+                    go(sample, -self.scale)
+                    minus = evaluations.loss(f"sample {sample}, sign -")
+                    losses += [plus, minus]
+                    slopes.append((plus - minus) / (2 * self.scale))
+                elif self.side == "forward":
+                    slopes.append((plus - losses[0]) / self.scale)
+                else:
+                    losses.append(plus)
+                    slopes.append(plus / self.scale)
+        if self.weights == "sign":
+            slopes = [slope.sign() for slope in slopes]
+        coefficients = tuple(slope * weight for slope, weight in zip(slopes, bound.weights))
+        return Slopes(torch.stack(losses).mean(), coefficients, bound, evaluations.count)
+
+    def refuse_drift(self, parameters: Sequence[Tensor]) -> None:
+        """Raise where adding and subtracting again would move the weights noticeably."""
+        if self.restore != "inplace" or self.allow_drift:
+            return
+        for index, parameter in enumerate(parameters):
+            if parameter.element_size() < 4:
+                mend = "'swap' and 'copy' are exact; allow_drift=True accepts weights that wander."
+                raise ArgumentError(
+                    f"parameters[{index}]", parameter, "float32 or float64 for restore='inplace'", mend
+                )
