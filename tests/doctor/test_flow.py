@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from thalweg.doctor import examine
-from thalweg.doctor.hospital import DEPTH, WIDTH, stack
+from thalweg.doctor.anatomy import DEPTH, WIDTH, stack
 
 
 def _report(model, width=WIDTH, batch=64, seed=0):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from thalweg.doctor import examine
-from thalweg.doctor.hospital import Between
+from thalweg.doctor.anatomy import Between
 
 
 def _step(function, **kwargs):

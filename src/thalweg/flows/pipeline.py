@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,17 +12,16 @@ from torch import Tensor
 from thalweg.errors import (
     ArgumentError,
     ArgumentTypeError,
-    UnsupportedError,
     require_floating,
     require_integer,
 )
+from thalweg.flows.families import KNOWN, Conditions, base, family_of, time_shift
 from thalweg.flows.schedule import State, read_schedule
 from thalweg.noise import Key, normal
 from thalweg.rollouts.rollout import rollout
 from thalweg.rollouts.route import Policy
 from thalweg.step import draw_key
 
-Conditions = dict[str, Tensor]
 _Embeddings = dict[str, tuple[Tensor | None, Tensor | None]]  # the positive and the negative ones
 
 
@@ -102,10 +99,10 @@ def through(
         ...     loss.backward()
         ...     optimizer.step()
     """
-    family = _family(pipeline)
+    family = family_of(pipeline)
     network = getattr(pipeline, family.network)
     require_integer("steps", steps, 1)
-    _require_latents(latents, _base(network), pipeline)
+    _require_latents(latents, base(network), pipeline)
     guidance = _number("guidance_scale", guidance_scale, 0.0, math.inf)
     eta = _number("eta", eta, 0.0, 1.0)
     if not isinstance(decode, bool):
@@ -119,7 +116,7 @@ def through(
     elif any(value is not None for value in pooled):
         raise ArgumentError("pooled_prompt_embeds", pooled[0], f"None for {type(pipeline).__name__}")
     conditions = _conditions(given, len(latents), guidance > 1)
-    mu = _time_shift(pipeline.scheduler, _base(network), latents) if family.shifts_time else None
+    mu = time_shift(pipeline.scheduler, base(network), latents) if family.shifts_time else None
     schedule = read_schedule(pipeline.scheduler, steps, eta=eta, mu=mu, scales_input=family.scales_latents)
     if key is None and schedule.noisy:
         key = draw_key()
@@ -149,108 +146,6 @@ def through(
         key=key,
     )
     return result
-
-
-@dataclass(frozen=True, slots=True)
-class _Family:
-    """What sets one kind of pipeline apart.
-
-    Args:
-        network: the name of its network.
-        arguments: what the network's `forward` must take.
-        predict: calls it.
-        pooled: whether it has pooled embeddings.
-        scales_latents: whether it multiplies by the scheduler's `init_noise_sigma` and `scale_model_input`.
-        shifts_time: whether it tells the scheduler a time shift.
-        shifts_latents: whether it adds the decoder's `shift_factor`.
-    """
-
-    network: str
-    arguments: frozenset[str]
-    predict: Callable[[Any, Tensor, Tensor, Conditions], Tensor]
-    pooled: bool
-    scales_latents: bool
-    shifts_time: bool
-    shifts_latents: bool
-
-
-def _through_unet(network: Any, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-    output: Tensor = network(x, time, encoder_hidden_states=conditions["prompt_embeds"], return_dict=False)[0]
-    return output
-
-
-def _through_transformer(network: Any, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
-    output: Tensor = network(
-        hidden_states=x,
-        timestep=time.expand(len(x)),
-        encoder_hidden_states=conditions["prompt_embeds"],
-        pooled_projections=conditions["pooled_prompt_embeds"],
-        return_dict=False,
-    )[0]
-    return output
-
-
-_FAMILIES = (
-    _Family(
-        "unet",
-        frozenset({"sample", "timestep", "encoder_hidden_states"}),
-        _through_unet,
-        pooled=False,
-        scales_latents=True,
-        shifts_time=False,
-        shifts_latents=False,
-    ),
-    _Family(
-        "transformer",
-        frozenset({"hidden_states", "timestep", "encoder_hidden_states", "pooled_projections"}),
-        _through_transformer,
-        pooled=True,
-        scales_latents=False,
-        shifts_time=True,
-        shifts_latents=True,
-    ),
-)
-_KNOWN = "a text-to-image pipeline of the kind of StableDiffusionPipeline or StableDiffusion3Pipeline"
-# further inputs that a network of the right signature may be configured to need
-_FURTHER_INPUTS = ("addition_embed_type", "class_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim")
-
-
-def _family(pipeline: Any) -> _Family:
-    def refuse(why: str) -> ArgumentTypeError:
-        mend = f"{why} Write its step yourself and pass it to thalweg.rollouts.rollout."
-        return ArgumentTypeError("pipeline", type(pipeline), _KNOWN, mend)
-
-    for part in ("scheduler", "vae"):
-        if getattr(pipeline, part, None) is None:
-            raise refuse(f"It has no {part}.")
-    call = inspect.signature(type(pipeline).__call__).parameters if callable(pipeline) else {}
-    for name in ("image", "mask_image", "control_image"):
-        if name in call:
-            raise refuse(f"Its loop takes {name}.")
-    for family in _FAMILIES:
-        network = getattr(pipeline, family.network, None)
-        if network is None:
-            continue
-        found = frozenset(inspect.signature(_base(network).forward).parameters)
-        if not family.arguments <= found or "img_ids" in found:
-            raise refuse(f"Its {family.network}, {type(network).__name__}, takes other arguments.")
-        for name in _FURTHER_INPUTS:
-            if getattr(_base(network).config, name, None) is not None:
-                raise refuse(f"Its {family.network} needs further inputs ({name}).")
-        if getattr(pipeline, "_all_hooks", None):
-            raise UnsupportedError(
-                f"{type(pipeline).__name__}: its parts are moved off the device between calls, and a "
-                "backward would find them gone. Call pipeline.remove_all_hooks() and pipeline.to(device), "
-                "and let Checkpointed(budget=...) make it fit"
-            )
-        return family
-    raise refuse("It has neither a unet nor a transformer.")
-
-
-def _base(network: Any) -> Any:
-    """The network below a compiler's or an adapter's wrapper."""
-    network = getattr(network, "_orig_mod", network)
-    return network.get_base_model() if hasattr(network, "get_base_model") else network
 
 
 def _read_out(
@@ -307,19 +202,7 @@ def _require_latents(latents: Tensor, network: Any, pipeline: Any) -> None:
         raise ArgumentError("latents", latents, expected, "Images are not latents: the decoder makes them.")
     if channels != pipeline.vae.config.latent_channels:
         mend = "A network with further channels (inpainting, depth) has another loop."
-        raise ArgumentTypeError("pipeline", type(pipeline), _KNOWN, mend)
-
-
-def _time_shift(scheduler: Any, network: Any, latents: Tensor) -> float | None:
-    """Stable Diffusion 3's `mu`: linear in the number of patches, for schedulers with dynamic shifting."""
-    config = scheduler.config
-    if not config.get("use_dynamic_shifting"):
-        return None
-    patches = math.prod(size // network.config.patch_size for size in latents.shape[2:])
-    few, many = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.16)
-    slope = (high - low) / (many - few)
-    return float(slope * patches + low - slope * few)
+        raise ArgumentTypeError("pipeline", type(pipeline), KNOWN, mend)
 
 
 def _number(argument: str, value: object, least: float, most: float) -> float:

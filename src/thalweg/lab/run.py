@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,13 +15,13 @@ from torch import Tensor
 from thalweg.errors import (
     ArgumentError,
     ArgumentTypeError,
-    MissingExtraError,
     require_choice,
     require_integer,
 )
 from thalweg.lab.arguments import require_device, require_name, require_seeds
 from thalweg.lab.cells import Cell, Page, file_hash, identity, own_randomness, read_cell, write_cell
 from thalweg.lab.claim import Claim
+from thalweg.lab.encoding import figure_bytes, tensor_bytes
 from thalweg.lab.files import from_json, to_json, write_bytes, write_json
 from thalweg.lab.folder import claim_folder, open_folder
 from thalweg.lab.machine import describe_machine
@@ -248,12 +247,7 @@ class Lab:
         """
         self._require_open()
         require_name("name", name)
-        if not hasattr(figure, "savefig"):
-            raise ArgumentTypeError("figure", figure, "a matplotlib figure")
-        stream = io.BytesIO()
-        # no software version in the file: equal figures are equal bytes
-        figure.savefig(stream, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
-        self._keep("figures", f"{name}.png", stream.getvalue(), {"name": name, "caption": caption})
+        self._keep("figures", f"{name}.png", figure_bytes(figure), {"name": name, "caption": caption})
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Save tensors as weights/NAME.safetensors.
@@ -267,15 +261,7 @@ class Lab:
         """
         self._require_open()
         require_name("name", name)
-        try:
-            from safetensors.torch import save
-        except ImportError:
-            raise MissingExtraError("safetensors", "recipes") from None
-        for key, tensor in tensors.items():
-            if not isinstance(tensor, Tensor):
-                raise ArgumentTypeError(f"tensors[{key!r}]", tensor, "a tensor")
-        content = save({key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()})
-        self._keep("weights", f"{name}.safetensors", content, {"name": name})
+        self._keep("weights", f"{name}.safetensors", tensor_bytes(tensors), {"name": name})
 
     def claims(self, claims: Sequence[Claim]) -> None:
         """Hand in the claims of the run, once, in the order in which they shall be read."""
