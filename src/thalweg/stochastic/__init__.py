@@ -1,20 +1,31 @@
 """A random or discrete unit between the loss and the parameters."""
 
 from thalweg.stochastic.arm import ARM, DisARM
+from thalweg.stochastic.categorical import CategoricalNeuron, ReinMax, StraightThroughGumbel
 from thalweg.stochastic.enumeration import Enumeration
 from thalweg.stochastic.minimum_variance import MinimumVariance
-from thalweg.stochastic.neurons import BinaryNeuron, StraightThrough
+from thalweg.stochastic.neurons import BinaryNeuron, Concrete, StraightThrough
+from thalweg.stochastic.noisy_rectifier import NoisyRectifier
 from thalweg.stochastic.relax import REBAR, RELAX
 from thalweg.stochastic.score_function import ScoreFunction
+from thalweg.stochastic.spiking import SpikingNeuron
+from thalweg.stochastic.stochastic_times_smooth import StochasticTimesSmooth
 
 __all__ = [
     "ARM",
     "BinaryNeuron",
+    "CategoricalNeuron",
+    "Concrete",
     "DisARM",
     "Enumeration",
     "MinimumVariance",
+    "NoisyRectifier",
     "REBAR",
     "RELAX",
+    "ReinMax",
     "ScoreFunction",
+    "SpikingNeuron",
+    "StochasticTimesSmooth",
     "StraightThrough",
+    "StraightThroughGumbel",
 ]
