@@ -200,7 +200,7 @@ EYE = torch.eye(2, dtype=torch.float64)[None]
     ("make", "argument"),
     [
         (lambda: GaussianMixture(torch.tensor([0.4]), torch.zeros(1, 2), EYE), "weights"),
-        (lambda: GaussianMixture(torch.tensor([2.0, -1.0]), MIXTURE.means[:2], EYE.repeat(2, 1, 1)), "weights"),
+        (lambda: GaussianMixture(torch.tensor([2.0, -1.0]), MIXTURE.means[:2], EYE[[0, 0]]), "weights"),
         (lambda: GaussianMixture(torch.ones(1), torch.zeros(2), EYE), "means"),
         (lambda: GaussianMixture(torch.ones(1), torch.zeros(1, 3), EYE), "covariances"),
         (lambda: GaussianMixture(torch.ones(1), torch.zeros(1, 2), -EYE), "covariances"),

@@ -1,6 +1,9 @@
 """A generative field: its path and predictions, sampling from it, and rewards through samplers."""
 
 from thalweg.flows.field import Field, edm_preconditioned
+from thalweg.flows.grids import time_grid
+from thalweg.flows.linear_steps import Solver
+from thalweg.flows.losses import Noised, matching_loss, noised_batch
 from thalweg.flows.named_paths import (
     Cosine,
     GeometricVarianceExploding,
@@ -14,24 +17,64 @@ from thalweg.flows.named_paths import (
 from thalweg.flows.path import Custom, Path, Rescaled, Retimed, shifted_clock
 from thalweg.flows.pipeline import through
 from thalweg.flows.prediction import KINDS, Kind
+from thalweg.flows.samplers import sample
+from thalweg.flows.solvers import AdamsBashforth, DPMSolver2, Euler, Heun, RungeKutta4
+from thalweg.flows.stochastic_solvers import DDIM, EDM, DPMSolverPP2M, EulerMaruyama
+from thalweg.flows.weights import (
+    WEIGHTS,
+    LogitNormal,
+    LogNormalLevel,
+    TimeLaw,
+    UniformLevel,
+    UniformTime,
+    UShaped,
+    Weight,
+    data_weight,
+    effective_weight,
+)
 
 __all__ = [
-    "KINDS",
+    "AdamsBashforth",
     "Cosine",
     "Custom",
+    "DDIM",
+    "DPMSolver2",
+    "DPMSolverPP2M",
+    "EDM",
+    "Euler",
+    "EulerMaruyama",
     "Field",
     "GeometricVarianceExploding",
+    "Heun",
+    "KINDS",
     "Kind",
+    "LogNormalLevel",
+    "LogitNormal",
+    "Noised",
     "OffsetCosine",
     "Path",
     "Rescaled",
     "Retimed",
+    "RungeKutta4",
+    "Solver",
     "Straight",
     "SubVariancePreserving",
     "Tabulated",
+    "TimeLaw",
+    "UShaped",
+    "UniformLevel",
+    "UniformTime",
     "VarianceExploding",
     "VariancePreserving",
+    "WEIGHTS",
+    "Weight",
+    "data_weight",
     "edm_preconditioned",
+    "effective_weight",
+    "matching_loss",
+    "noised_batch",
+    "sample",
     "shifted_clock",
     "through",
+    "time_grid",
 ]

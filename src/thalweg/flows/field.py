@@ -33,7 +33,7 @@ class Field:
 
     Args:
         network: `network(x, t, **conditions)` with x of shape (batch, ...) and t of shape (batch,), in the
-            dtype of x; a module or any function.
+            dtype of x but at least float32; a module or any function.
         path: the noising path; t = 0 is data and t = 1 noise.
         predicts: "data", "noise", "score" (the gradient of log p_t), "velocity" (the slope dx/dt of the
             probability flow) or "v" (alpha noise - sigma data). A trained network's score is not certified to
@@ -90,8 +90,8 @@ class Field:
                 "network", output, f"a network whose output has the shape {tuple(x.shape)} of x"
             )
         if self.direction == "data_at_1" and self.predicts == "velocity":
-            return -output
-        return output
+            output = -output
+        return output.to(x.dtype)
 
     def predict(self, kind: Kind, x: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
         """The prediction of another kind: the state's share plus the output's share.
@@ -220,17 +220,18 @@ def edm_preconditioned(network: Network, sigma_data: float = 0.5) -> Network:
 
 
 def batched_times(x: Tensor, t: Tensor | float) -> Tensor:
-    """One time per example, (batch,), in the dtype of x."""
+    """One time per example, (batch,), in the dtype of x, or in float32 where that is coarser."""
     if require_floating("x", x).ndim == 0:
         raise ArgumentError("x", x, "a batch of states, shape (batch, ...)")
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(t, Tensor):
         clock_times(t)
-        return x.new_full((len(x),), t)
+        return x.new_full((len(x),), t, dtype=dtype)
     if t.ndim == 0:
-        return t.to(x).expand(len(x))
+        return t.to(x.device, dtype).expand(len(x))
     if t.shape != (len(x),):
         raise ArgumentError("t", t, f"one time, or {len(x)} of them, shape ({len(x)},)")
-    return t.to(x)
+    return t.to(x.device, dtype)
 
 
 def _applied(affine: Affine, x: Tensor, output: Tensor) -> Tensor:
