@@ -2,23 +2,28 @@
 
 from thalweg.stochastic.arm import ARM, DisARM
 from thalweg.stochastic.categorical import CategoricalNeuron, ReinMax, StraightThroughGumbel
+from thalweg.stochastic.conditional import ConditionalLinear
 from thalweg.stochastic.enumeration import Enumeration
 from thalweg.stochastic.minimum_variance import MinimumVariance
 from thalweg.stochastic.neurons import BinaryNeuron, Concrete, StraightThrough
 from thalweg.stochastic.noisy_rectifier import NoisyRectifier
 from thalweg.stochastic.relax import REBAR, RELAX
 from thalweg.stochastic.score_function import ScoreFunction
+from thalweg.stochastic.sparsity import AdaptiveL1Sparsity, KLSparsity
 from thalweg.stochastic.spiking import SpikingNeuron
 from thalweg.stochastic.stochastic_times_smooth import StochasticTimesSmooth
 
 __all__ = [
+    "AdaptiveL1Sparsity",
     "ARM",
     "BinaryNeuron",
     "CategoricalNeuron",
     "Concrete",
+    "ConditionalLinear",
     "DisARM",
     "Enumeration",
     "MinimumVariance",
+    "KLSparsity",
     "NoisyRectifier",
     "REBAR",
     "RELAX",
