@@ -1,16 +1,20 @@
-"""Zeroth-order steps beside their bound (two forwards, draws, updates), and their bytes beside a copy.
+"""Zeroth-order steps beside their bound (two forwards, draws, updates), their bytes, and their peers.
 
     python benchmarks/blackbox.py [--width 512] [--depth 6] [--batch 256] [--repeats 15] [--out FILE.json]
 
 The bound is what an in-place step cannot do without, timed in the same process and in turn with the methods:
 two forwards under no_grad, three draws of every parameter (there, back, and into the gradient), three
-additions into the weights and one scaling. Bytes are counted by `thalweg.ledger`: `extra` is the peak above
-what must be there in any case, the larger of a forward's activations and the gradient that is handed over.
+additions into the weights and one scaling; "inplace" comes back by a fourth draw, which its bound counts too.
+Low-rank directions are held against the Gaussian bound, whose draws they save. Bytes are counted by
+`thalweg.ledger`: `extra` is the peak above what must be there in any case, the larger of a forward's
+activations and the gradient that is handed over; above the activations for whole steps, which hand over none.
+Peers make the same central pair on the same network: torchzero's MeZO, and evotorch's PGPE with one pair.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import platform
 import statistics
@@ -22,9 +26,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from thalweg.blackbox import SPSA, ForwardGradient
-from thalweg.blackbox.directions import Directions, direction
+from thalweg.blackbox import SPSA, ForwardGradient, LowRank, MeZO
+from thalweg.blackbox.directions import Plain, direction
 from thalweg.ledger import cost
+from thalweg.ledger.storages import StorageCounter
 from thalweg.noise import Key
 from thalweg.step import Backprop, Closure, Estimate
 from thalweg.table import align, scaled
@@ -45,7 +50,9 @@ def network(width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Linear(width, 10))
 
 
-def bound(closure: Closure, parameters: Sequence[Tensor], directions: Directions) -> Callable[[], object]:
+def bound(
+    closure: Closure, parameters: Sequence[Tensor], directions: Plain, draws: int = 3
+) -> Callable[[], object]:
     """The least work of a central pair in place; the weights end where they began, up to rounding."""
     scale = SPSA().scale
 
@@ -61,10 +68,91 @@ def bound(closure: Closure, parameters: Sequence[Tensor], directions: Directions
             closure()
             move(-2 * scale)
             closure()
-            for z in move(scale):
+            if draws > 3:
+                move(scale / 2)
+            for z in move(scale if draws == 3 else scale / 2):
                 z.mul_(scale)
 
     return pair
+
+
+def steps(net: nn.Module, closure: Closure) -> dict[str, Callable[[], object]]:
+    """Whole steps: evaluate and move the weights, ours and those of peers that are installed."""
+    parameters = list(net.parameters())
+    gaussian = {"directions": "gaussian"}
+    rules = {
+        "step: mezo gaussian, swap": SPSA(**gaussian, restore="swap"),
+        "step: mezo gaussian, inplace": SPSA(**gaussian, restore="inplace"),
+        "step: mezo low rank 4, swap": SPSA(directions=LowRank(4), restore="swap"),
+    }
+    found: dict[str, Callable[[], object]] = {}
+    for name, rule in rules.items():
+        optimizer = MeZO(parameters, lr=1e-7, gradient=rule, seed=0)
+        found[name] = lambda optimizer=optimizer: optimizer.step(closure)
+    for name, peer in (
+        ("step: torchzero mezo gaussian", torchzero_step),
+        ("step: evotorch pgpe, one pair", evotorch_step),
+    ):
+        with contextlib.suppress(ImportError):
+            found[name] = peer(parameters, closure)
+    return found
+
+
+def torchzero_step(parameters: Sequence[Tensor], closure: Closure) -> Callable[[], object]:
+    import torchzero
+
+    pair = torchzero.m.MeZO(h=1e-3, distribution="gaussian")
+    optimizer = torchzero.Optimizer(parameters, pair, torchzero.m.LR(1e-7))
+
+    def value(backward: bool = True) -> Tensor:
+        with torch.no_grad():
+            return closure()
+
+    return lambda: optimizer.step(value)
+
+
+def evotorch_step(parameters: Sequence[Tensor], closure: Closure) -> Callable[[], object]:
+    import logging
+
+    import evotorch
+    from evotorch.algorithms import PGPE
+
+    logging.getLogger("evotorch").setLevel(logging.ERROR)
+    start = nn.utils.parameters_to_vector(parameters).detach().clone()
+    own = [p.data for p in parameters]
+
+    def fitness(vector: Tensor) -> Tensor:
+        with torch.no_grad():
+            nn.utils.vector_to_parameters(vector, parameters)
+            return closure()
+
+    problem = evotorch.Problem(
+        "min", fitness, solution_length=len(start), initial_bounds=(-1, 1), dtype=start.dtype
+    )
+    search = PGPE(
+        problem,
+        popsize=2,
+        center_learning_rate=1e-7,
+        stdev_learning_rate=0.0,
+        stdev_init=1e-3,
+        optimizer="sgd",
+        center_init=start,
+    )
+
+    def step() -> None:
+        search.step()
+        for parameter, value in zip(parameters, own):
+            parameter.data = value
+
+    return step
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    run()
+    counter = StorageCounter(None, None)
+    with counter:
+        run()
+    return counter.peak_bytes
 
 
 def milliseconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
@@ -93,36 +181,47 @@ def measure(width: int, depth: int, batch: int, repeats: int) -> dict[str, objec
         "forward gradient": ForwardGradient(),
         "spsa rademacher, copy": SPSA(),
         "spsa rademacher, swap": SPSA(restore="swap"),
+        "spsa rademacher, inplace": SPSA(restore="inplace"),
         "spsa gaussian, copy": SPSA(directions="gaussian"),
         "spsa gaussian, swap": SPSA(directions="gaussian", restore="swap"),
+        "spsa gaussian, inplace": SPSA(directions="gaussian", restore="inplace"),
+        "spsa low rank 4, swap": SPSA(directions=LowRank(4), restore="swap"),
     }
     runs: dict[str, Callable[[], object]] = {
-        f"bound {kind}": bound(closure, parameters, kind) for kind in ("rademacher", "gaussian")
+        f"bound {kind} {draws}": bound(closure, parameters, kind, draws)
+        for kind in ("rademacher", "gaussian")
+        for draws in (3, 4)
     }
+    whole = steps(net, closure)
     for name, rule in rules.items():
         runs[name] = lambda rule=rule: rule.estimate(closure, parameters, Key(0))
-    times = milliseconds(runs, repeats)
+    times = milliseconds({**runs, **whole}, repeats)
 
     copy = sum(p.numel() * p.element_size() for p in parameters)
     largest = max(p.numel() * p.element_size() for p in parameters)
     step = (net, closure, parameters)
     inference = cost(step, gradient=Inference(), repeats=0).peak_bytes
     rows = []
-    for name, rule in rules.items():
-        found = cost(step, gradient=rule, repeats=0)
-        least = times.get(f"bound {getattr(rule, 'directions', '')}") if isinstance(rule, SPSA) else None
-        extra = found.peak_bytes - max(inference, copy)
+    for name in (*rules, *whole):
+        if name in rules:
+            found = cost(step, gradient=rules[name], repeats=0)
+            peak, evaluations, needed = found.peak_bytes, found.evaluations, max(inference, copy)
+        else:
+            peak, evaluations, needed = peak_bytes(whole[name]), 2, inference
+        kind = "rademacher" if "rademacher" in name else "gaussian"
+        least = times[f"bound {kind} {4 if 'inplace' in name else 3}"]
+        bounded = name in whole or isinstance(rules[name], SPSA)
         rows.append(
             {
                 "route": name,
-                "evaluations": found.evaluations,
-                "peak_bytes": found.peak_bytes,
-                "extra_bytes": extra,
-                "extra_over_copy": extra / copy,
-                "extra_over_largest": extra / largest,
+                "evaluations": evaluations,
+                "peak_bytes": peak,
+                "extra_bytes": peak - needed,
+                "extra_over_copy": (peak - needed) / copy,
+                "extra_over_largest": (peak - needed) / largest,
                 "ms": times[name],
-                "bound_ms": least,
-                "ratio": times[name] / least if least else None,
+                "bound_ms": least if bounded else None,
+                "ratio": times[name] / least if bounded else None,
             }
         )
     return {
@@ -141,14 +240,14 @@ def measure(width: int, depth: int, batch: int, repeats: int) -> dict[str, objec
 
 
 def table(found: dict[str, object]) -> str:
-    columns = ["route", "evaluations", "peak", "extra", "extra / copy", "ms", "bound ms", "ratio"]
+    columns = ["route", "evaluations", "peak", "extra", "extra / largest", "ms", "bound ms", "ratio"]
     rows = [
         [
             row["route"],
             str(row["evaluations"]),
             scaled(row["peak_bytes"], "B"),
             scaled(row["extra_bytes"], "B"),
-            f"{row['extra_over_copy']:.2f}",
+            f"{row['extra_over_largest']:.2f}",
             f"{row['ms']:.1f}",
             f"{row['bound_ms']:.1f}" if row["bound_ms"] else "-",
             f"{row['ratio']:.2f}" if row["ratio"] else "-",

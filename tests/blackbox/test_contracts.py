@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
+from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient, LowRank, OnePoint, Sparse, Streamed
 from thalweg.errors import NonFiniteError, UnsupportedError
 from thalweg.noise import Key, replayed
 from thalweg.step import backward
@@ -18,6 +18,11 @@ RULES = [
     SPSA(side="forward"),
     ForwardGradient(samples=2),
     EvolutionStrategies(samples=2),
+    SPSA(samples=2, directions=LowRank(2), restore="swap"),
+    SPSA(directions="sphere"),
+    SPSA(samples=2, directions=Sparse(0.5, keep="largest")),
+    OnePoint(samples=2, decay=None),
+    Streamed(SPSA(samples=2)),
 ]
 
 
@@ -285,7 +290,7 @@ def test_estimates_run_on_fake_tensors(rule):
         net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 2))
         x = torch.randn(6, 4)
         found = rule.estimate(lambda: net(x).pow(2).mean(1), list(net.parameters()), Key(0))
-    assert [g.shape for g in found.gradients] == [p.shape for p in net.parameters()]
+        assert [g.shape for g in found.gradients] == [p.shape for p in net.parameters()]
 
 
 def gpt2():

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from thalweg import noise
@@ -73,4 +74,6 @@ class BoundLowRank:
         one = value.new_empty(())
         left = noise.normal(one.expand(rows, self.rank), Key(own.bits(), call=0, device=own.device))
         right = noise.normal(one.expand(self.rank, columns), Key(own.bits(), call=1, device=own.device))
-        return (left.div_(math.sqrt(self.rank)) @ right).view(value.shape)
+        # the user's autocast is for the model; a direction must be the same inside and outside of it
+        with torch.autocast(value.device.type, enabled=False):
+            return (left.div_(math.sqrt(self.rank)) @ right).view(value.shape)
