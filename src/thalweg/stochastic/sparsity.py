@@ -16,7 +16,8 @@ class KLSparsity(nn.Module):
 
     Choose it for gates that fire with a probability (`BinaryNeuron`, `StochasticTimesSmooth`). The mean is
     over the batch: a cost on each example's own probability would push every gate to the target on every
-    example, and no gate would decide anything.
+    example, and no gate would decide anything. The weight is fixed: where the loss pulls hard, the fraction
+    settles between the two.
 
     Args:
         target: the fraction of examples on which a gate is to be open, between 0 and 1.
@@ -64,6 +65,9 @@ class AdaptiveL1Sparsity(nn.Module):
     Choose it for `NoisyRectifier`. After each step the weight is multiplied by 1.1 when the batch's fraction
     of open gates lay above target + band, by 0.9 when it lay below target - band, and kept in [1e-13, 1]. The
     fraction is the noisy one of training.
+
+    The cost can only close gates; what opens them is the loss. Where the loss has no use for that many, the
+    weight falls to its floor and the fraction stays below the target: `NoisyRectifier.revive_` helps there.
 
     Args:
         target: fraction of the gates that are to be open, between 0 and 1.
