@@ -11,8 +11,9 @@ Which order of derivative to buy, for d weights, q directions and F the time of 
 | 0, coordinate | `SPSA(directions="coordinate")`, `Coordinates` | values | 2 d, one-sided d + 1 | F each |
 | 0, random | `SPSA`: also `LowRank`, `Sparse`, `Blocks`, `MeZO`, `Streamed` | values | 2 q | F each |
 | 0, random | `EvolutionStrategies`, `PGPE`: losses through their ranks | values | 2 q | F each |
-| 0, structured | `NodePerturbation` | losses per example | 1 + q | F each |
+| 0, structured | `NodePerturbation`, behind `Decorrelation` | losses per example | 1 + q | F each |
 | 0, one point | `OnePoint`, `SPSA(side="one")` | values, one at a time | q | F each |
+| 0, continuous time | `OrnsteinUhlenbeck` | a stream of rewards | 1 a tick | F each |
 
 Variance, not time, decides between them: one direction gives a gradient whose cosine with the exact one is
 about sqrt(2 / (pi d)), so divide the learning rate by (d + q + 1) / q. The second-order rows are other
@@ -25,6 +26,7 @@ packages' work and compose with these rules through `.grad`; they are not writte
 from thalweg.blackbox.blocks import Blocks
 from thalweg.blackbox.budget import Budget, BudgetSpent
 from thalweg.blackbox.coordinates import Coordinates
+from thalweg.blackbox.decorrelation import Decorrelation
 from thalweg.blackbox.distributed import Distributed, rank_key
 from thalweg.blackbox.evolution_strategies import EvolutionStrategies
 from thalweg.blackbox.forward_gradient import ForwardGradient
@@ -32,6 +34,7 @@ from thalweg.blackbox.low_rank import LowRank
 from thalweg.blackbox.mezo import MeZO, replay_
 from thalweg.blackbox.nodes import NodePerturbation
 from thalweg.blackbox.one_point import OnePoint
+from thalweg.blackbox.ornstein_uhlenbeck import OrnsteinUhlenbeck
 from thalweg.blackbox.pgpe import PGPE
 from thalweg.blackbox.sparse import Sparse
 from thalweg.blackbox.spsa import SPSA
@@ -44,6 +47,7 @@ __all__ = [
     "Budget",
     "BudgetSpent",
     "Coordinates",
+    "Decorrelation",
     "Distributed",
     "EvolutionStrategies",
     "ForwardGradient",
@@ -51,6 +55,7 @@ __all__ = [
     "MeZO",
     "NodePerturbation",
     "OnePoint",
+    "OrnsteinUhlenbeck",
     "Sparse",
     "Streamed",
     "rank_key",

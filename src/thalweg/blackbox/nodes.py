@@ -356,3 +356,5 @@ def _hooked(hook: Callable[[nn.Module, Any, Any, Any], Any]) -> Iterator[None]:
             yield
     finally:
         handle.remove()
+        # torch leaves this entry behind, and every module call of the process would be slower for it
+        nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
