@@ -126,6 +126,43 @@ def _entropy(x: Tensor) -> Tensor:
     return share * share.log()
 
 
+def _ending(end: Callable[[Tensor, Tensor], Tensor], code: str, gain: float = 1.0) -> Callable[[int], Case]:
+    """A healthy network whose loss is not: `end` makes it of logits and targets, outside of the model."""
+
+    def build(seed: int) -> Case:
+        torch.manual_seed(seed)
+        model = Between(torch.tanh)
+        with torch.no_grad():
+            model.head.weight.mul_(gain)
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(BATCH, 8, generator=generator)
+        y = torch.randint(4, (BATCH,), generator=generator)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        return Case(model, lambda: end(model(x), y), optimizer, code, "(outside)")
+
+    return build
+
+
+def _errors(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits.argmax(-1) != targets).float().mean()
+
+
+def _number(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.tensor(nn.functional.cross_entropy(logits, targets).item(), requires_grad=True)
+
+
+def _reattached(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.detach().requires_grad_(), targets)
+
+
+def _log_of_softmax(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.nll_loss(logits.softmax(-1).log(), targets)
+
+
+def _outside_the_clamp(logits: Tensor, targets: Tensor) -> Tensor:
+    return (logits.clamp(10, 20)[:, 0] - targets).square().mean()
+
+
 def _missing(seed: int) -> Case:
     torch.manual_seed(seed)
     model = Between(torch.tanh)
@@ -228,6 +265,11 @@ SICK: dict[str, Callable[[int], Case]] = {
     "floor": _between(lambda x: torch.floor(4 * x), "D1"),
     "numpy": _between(_through_numpy, "D2"),
     "dead relu": _between(lambda x: torch.relu(x - 5), "L2"),
+    "errors counted as the loss": _ending(_errors, "D1"),
+    "loss made anew from its number": _ending(_number, "D1"),
+    "detached and told to require grad": _ending(_reattached, "D1"),
+    "log of a saturated softmax": _ending(_log_of_softmax, "V4", gain=1e4),
+    "clamp that holds every value": _ending(_outside_the_clamp, "L2"),
     "missing from the optimizer": _missing,
     "stale in the optimizer": _stale,
 }
