@@ -4,6 +4,7 @@ from thalweg.stochastic.arm import ARM, DisARM
 from thalweg.stochastic.categorical import CategoricalNeuron, ReinMax, StraightThroughGumbel
 from thalweg.stochastic.conditional import ConditionalLinear
 from thalweg.stochastic.enumeration import Enumeration
+from thalweg.stochastic.estimator_report import EstimatorReport, EstimatorRow, estimator_report
 from thalweg.stochastic.minimum_variance import MinimumVariance
 from thalweg.stochastic.neurons import BinaryNeuron, Concrete, StraightThrough
 from thalweg.stochastic.noisy_rectifier import NoisyRectifier
@@ -22,6 +23,8 @@ __all__ = [
     "ConditionalLinear",
     "DisARM",
     "Enumeration",
+    "EstimatorReport",
+    "EstimatorRow",
     "MinimumVariance",
     "KLSparsity",
     "NoisyRectifier",
@@ -33,4 +36,5 @@ __all__ = [
     "StochasticTimesSmooth",
     "StraightThrough",
     "StraightThroughGumbel",
+    "estimator_report",
 ]
