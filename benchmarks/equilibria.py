@@ -185,8 +185,12 @@ def main() -> None:
     ]
     columns = ["network", "form", "relaxation steps", "energy gradient ms", "step ms", f"ratio (< {BOUND})"]
     lines = [
-        [r["network"], r["form"], str(r["relaxation_steps"])]
-        + [f"{r[key]:.2f}" for key in ("gradient_ms", "step_ms", "ratio")]
+        [
+            r["network"],
+            r["form"],
+            str(r["relaxation_steps"]),
+            *(f"{r[key]:.2f}" for key in ("gradient_ms", "step_ms", "ratio")),
+        ]
         for r in learned
     ]
     print(align(columns, lines), end="\n\n")

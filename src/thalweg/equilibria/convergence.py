@@ -11,6 +11,8 @@ from torch import Tensor
 from thalweg.equilibria.state import State, moved, without_data
 from thalweg.errors import ArgumentError, ArgumentTypeError, NonFiniteError, require_integer, require_positive
 
+MEND = "More max_steps, a larger tolerance, or tolerance=None to take what max_steps give, unjudged."
+
 
 class ConvergenceError(RuntimeError):
     """Something did not come to rest within its steps; the message carries the residual."""

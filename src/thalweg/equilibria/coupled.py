@@ -11,8 +11,7 @@ from torch import Tensor
 from thalweg.equilibria.convergence import judge
 from thalweg.equilibria.costs import Cost
 from thalweg.equilibria.energy import EnergyNetwork
-from thalweg.equilibria.fixed_point import MEND
-from thalweg.equilibria.propagation import Contrast, EnergyLearner, Gradients
+from thalweg.equilibria.propagation import MEND, Contrast, EnergyLearner, Gradients
 from thalweg.equilibria.state import State
 from thalweg.errors import require_choice, require_integer, require_positive
 

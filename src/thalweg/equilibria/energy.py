@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from thalweg.equilibria.activations import scaled_sigmoid
 from thalweg.equilibria.convergence import Found, Status, iterate
-from thalweg.equilibria.fixed_point import fixed_point
 from thalweg.equilibria.links import require_links
-from thalweg.equilibria.minimize import minimize
-from thalweg.equilibria.nudged import Nudged, Number
+from thalweg.equilibria.minimize import Policy, minimized
+from thalweg.equilibria.nudged import Number
 from thalweg.equilibria.relaxation import Activation, Descent, Relaxation, relax_once, require_relaxation
 from thalweg.equilibria.state import State
 from thalweg.errors import ArgumentError, require_floating
+from thalweg.noise import Key
 
 Pull = Callable[[State, int], Tensor | None]
 
@@ -152,12 +151,13 @@ class EnergyNetwork(nn.Module):
         self,
         inputs: Tensor,
         *,
-        gradient: Any = None,
+        gradient: Policy | None = None,
         states: State | None = None,
         tolerance: float | None = 1e-5,
         max_steps: int = 500,
         strict: bool = True,
         status: Status | None = None,
+        key: Key | None = None,
     ) -> Tensor:
         """The output layer at rest, shape (batch, ...).
 
@@ -165,30 +165,47 @@ class EnergyNetwork(nn.Module):
             inputs: of shape (batch, ...).
             gradient: `Implicit()` (the default), `Nudged(...)`, `Backprop()` or `OneStep()`.
             states: where to start; None for zeros.
-            tolerance, max_steps, strict, status: as in `thalweg.equilibria.minimize`.
+            tolerance, max_steps, strict, status, key: as in `thalweg.equilibria.minimize`.
         """
         start = self.zeros(inputs) if states is None else tuple(states)
         if len(start) != len(self.links):
             raise ArgumentError("states", f"{len(start)} layers", f"{len(self.links)} of them")
-        options: dict[str, Any] = {
-            "gradient": gradient,
-            "tolerance": tolerance,
-            "max_steps": max_steps,
-            "strict": strict,
-            "status": status,
-        }
-        if isinstance(gradient, Nudged):
-            found: State = minimize(
-                lambda s: self.energy(inputs, s), start, relaxation=self.relaxation, **options
-            )
-        else:
-            # the same dynamics, with the forces written out
-            def step(state: State) -> State:
-                drive = self.drive(inputs)
-                return relax_once(self.relaxation, lambda s, which: self.forces(drive, s, which), state)
-
-            found = fixed_point(step, start, **options)
+        settling = _Settling(self, inputs)
+        found = minimized(
+            settling,
+            start,
+            self.relaxation,
+            gradient=gradient,
+            tolerance=tolerance,
+            max_steps=max_steps,
+            strict=strict,
+            status=status,
+            key=key,
+        )
+        settling.forget()
         return found[-1]
+
+
+class _Settling:
+    """A network's energy for fixed inputs, whose word to the first layer is said once."""
+
+    def __init__(self, network: EnergyNetwork, inputs: Tensor) -> None:
+        self._network = network
+        self._inputs = inputs
+        self._drives: dict[bool, Tensor] = {}
+
+    def energies(self, state: State) -> Tensor:
+        return self._network.energy(self._inputs, state)
+
+    def forces(self, state: State, which: Sequence[int], graph: bool) -> list[Tensor]:
+        with torch.set_grad_enabled(graph):
+            if graph not in self._drives:
+                self._drives[graph] = self._network.drive(self._inputs)
+            return self._network.forces(self._drives[graph], state, which)
+
+    def forget(self) -> None:
+        """A backward says it again, so that nothing is kept for it."""
+        self._drives.clear()
 
 
 def _both_ways(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 
 from thalweg.equilibria.convergence import (
+    MEND,
     Status,
     iterate,
     judge,
@@ -24,7 +25,6 @@ from thalweg.errors import ArgumentTypeError, require_choice, require_finite
 from thalweg.step import Backprop
 
 _ACCEPTED = "Backprop(), Implicit(...) or OneStep()"
-MEND = "More max_steps, a larger tolerance, or tolerance=None to take what max_steps give, unjudged."
 
 
 def fixed_point(

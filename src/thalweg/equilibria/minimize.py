@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from thalweg.equilibria.complex_plane import complex_plane, require_holomorphic
 from thalweg.equilibria.convergence import (
-    Found,
+    MEND,
     Status,
     iterate,
     judge,
@@ -20,24 +18,18 @@ from thalweg.equilibria.convergence import (
     require_no_transform,
     require_status,
 )
-from thalweg.equilibria.fixed_point import MEND, settle
+from thalweg.equilibria.fixed_point import settle
 from thalweg.equilibria.implicit import Implicit, OneStep
-from thalweg.equilibria.nudged import Nudged, Number, contrast
-from thalweg.equilibria.relaxation import (
-    Activation,
-    Descent,
-    Relaxation,
-    activated,
-    relax_once,
-    require_relaxation,
-)
-from thalweg.equilibria.state import State, autocast_of, examples, norms, per_example, taken_apart
-from thalweg.errors import ArgumentError, ArgumentTypeError, require_finite
-from thalweg.noise import Key, fresh_key
-from thalweg.rollouts.recorder import Recorder
-from thalweg.rollouts.sweep import Gradients, Sweep, attach
-from thalweg.step import Backprop, refuse_wrappers
+from thalweg.equilibria.landscape import GivenEnergy, Landscape
+from thalweg.equilibria.nudged import Nudged
+from thalweg.equilibria.nudged_vjp import nudged_state
+from thalweg.equilibria.relaxation import Descent, Relaxation, relax_once, require_relaxation
+from thalweg.equilibria.state import State, taken_apart
+from thalweg.errors import ArgumentTypeError, require_finite
+from thalweg.noise import Key
+from thalweg.step import Backprop
 
+Policy = Backprop | Implicit | OneStep | Nudged
 _ACCEPTED = "Backprop(), Implicit(...), OneStep() or Nudged(strength)"
 
 
@@ -45,7 +37,7 @@ def minimize(
     energy: Callable[[Any], Tensor],
     start: Any,
     *,
-    gradient: Backprop | Implicit | OneStep | Nudged | None = None,
+    gradient: Policy | None = None,
     relaxation: Relaxation | None = None,
     tolerance: float | None = 1e-5,
     max_steps: int = 500,
@@ -102,6 +94,34 @@ def minimize(
     """
     if not callable(energy):
         raise ArgumentTypeError("energy", energy, "a function of the state")
+    parts, together = taken_apart("start", start)
+    found = minimized(
+        GivenEnergy(energy, together),
+        parts,
+        Descent() if relaxation is None else relaxation,
+        gradient=gradient,
+        tolerance=tolerance,
+        max_steps=max_steps,
+        strict=strict,
+        status=status,
+        key=key,
+    )
+    return together(found)
+
+
+def minimized(
+    landscape: Landscape,
+    start: State,
+    dynamics: Relaxation,
+    *,
+    gradient: Policy | None,
+    tolerance: float | None,
+    max_steps: int,
+    strict: bool,
+    status: Status | None,
+    key: Key | None,
+) -> State:
+    """What `minimize` does on a landscape that may know its forces better than autograd; same arguments."""
     policy = Implicit() if gradient is None else gradient
     if not isinstance(policy, Backprop | Implicit | OneStep | Nudged):
         refuse_policy("minimize", policy, _ACCEPTED)
@@ -109,22 +129,18 @@ def minimize(
     require_status(status)
     if key is not None and not isinstance(key, Key):
         raise ArgumentTypeError("key", key, "a thalweg.noise.Key or None")
-    parts, together = taken_apart("start", start)
+    require_relaxation(dynamics, len(start))
     mend = "Write the relaxation step out, and use fixed_point with Backprop() and tolerance=None."
     require_no_transform(f"minimize with {type(policy).__name__}", mend)
-    dynamics = Descent() if relaxation is None else relaxation
-    require_relaxation(dynamics, len(parts))
-    landscape = Landscape(energy, together)
 
     def step(state: State) -> State:
         graph = torch.is_grad_enabled()
         return relax_once(dynamics, lambda s, which: landscape.forces(s, which, graph), state)
 
     if not isinstance(policy, Nudged):
-        found = settle(step, parts, policy, tolerance, max_steps, "iterate", strict, status, "minimize")
-        return together(found)
+        return settle(step, start, policy, tolerance, max_steps, "iterate", strict, status, "minimize")
     with torch.no_grad():
-        first = tuple(part.detach() for part in parts)
+        first = tuple(part.detach() for part in start)
         free = iterate(step, first, tolerance, max_steps, "minimize", status is not None)
     if status is not None:
         status.iterations, status.residual = free.iterations, free.residual
@@ -132,151 +148,4 @@ def minimize(
     for part in free.state:
         require_finite("minimize: the rest state", part)
     limits = (tolerance, max_steps) if policy.steps is None else (None, policy.steps)
-    return together(_nudged(landscape, dynamics, policy, free.state, limits, strict, status, key))
-
-
-class Landscape:
-    """An energy, its checks and its forces.
-
-    Args:
-        energy: the caller's function of a state.
-        together: makes the caller's state of a tuple of tensors.
-    """
-
-    def __init__(self, energy: Callable[[Any], Tensor], together: Callable[[Sequence[Tensor]], Any]) -> None:
-        self._energy = energy
-        self._together = together
-
-    def energies(self, state: State) -> Tensor:
-        """The energy of each example, or of all together, checked."""
-        found = self._energy(self._together(state))
-        count = examples(state)
-        wanted = f"one value per example, shape ({count},), or a scalar"
-        if not isinstance(found, Tensor) or not (found.is_floating_point() or found.is_complex()):
-            raise ArgumentTypeError("energy", found, f"a function that returns {wanted}")
-        if found.shape not in ((), (count,)):
-            mend = "Sum over everything but the first dimension."
-            raise ArgumentError("energy", found, f"a function that returns {wanted}", mend)
-        return found
-
-    def forces(self, state: State, which: Sequence[int], graph: bool) -> tuple[Tensor, ...]:
-        """Minus the derivative of the energy by some parts of the state; with a graph on demand."""
-        leaves = list(state)
-        for index in range(len(state)):
-            if not (graph and state[index].requires_grad):
-                leaves[index] = state[index].detach().requires_grad_(graph or index in which)
-        with torch.enable_grad(), complex_plane(leaves[0].is_complex()):
-            energies = self.energies(tuple(leaves))
-            if not energies.requires_grad:
-                raise ArgumentError(
-                    "energy", energies, "a function that depends on the state", "Is it detached?"
-                )
-            wanted = [leaves[index] for index in which]
-            ones = torch.ones_like(energies)
-            found = torch.autograd.grad(energies, wanted, ones, create_graph=graph, allow_unused=True)
-        for index, force in zip(which, found):
-            if force is None:
-                raise ArgumentError(
-                    "energy", energies, f"a function of all parts of the state; part {index} is unused"
-                )
-        # autograd conjugates the derivative of a holomorphic function
-        return tuple(-(force.conj() if force.is_complex() else force) for force in found if force is not None)
-
-
-def _nudged(
-    landscape: Landscape,
-    dynamics: Relaxation,
-    policy: Nudged,
-    rest: State,
-    limits: tuple[float | None, int],
-    strict: bool,
-    status: Status | None,
-    key: Key | None,
-) -> State:
-    """Join a rest state to what its energy closes over by the contrast of nudged states."""
-    name = "Nudged"
-    recorder = Recorder(lambda state, _: (landscape.energies(state),), rest, name, replay=False)
-    nothing = rest[0].new_zeros(())
-    with torch.no_grad(), refuse_wrappers(name):
-        (energies,) = recorder.value(rest, nothing, None)
-        require_finite("minimize: the energy at the rest state", energies)
-        signs = fresh_key(rest[0]) if policy.form == "random" and key is None else key
-    if not torch.is_grad_enabled() or not recorder.captured:
-        return rest
-    # without these copies the node would hold its own output
-    outputs, like, together = tuple(p.detach() for p in rest), rest[0].new_empty(0), energies.ndim == 0
-    again = autocast_of(rest)
-
-    def run(inputs: State, kept: State, cotangents: State) -> Gradients:
-        recorder.gradients = [None] * len(recorder.captured)
-        lengths = _lengths(cotangents, policy, together)
-        safe = torch.where(lengths > 0, lengths, torch.ones_like(lengths))
-        pull = tuple(c / per_example(safe, c) for c in cotangents)
-        for c in pull:
-            require_finite("Nudged: the cotangent of the rest state", c)
-        count, residual = 0, None
-        for at, weight in contrast(policy, like, signs):
-            with again():
-                found = _relaxed(landscape, dynamics, policy, kept, pull, at, limits, status is not None)
-            judge(found, limits[0], f"Nudged: the relaxation at strength {at}", strict, MEND)
-            count += found.iterations
-            if found.residual is not None:
-                residual = found.residual if residual is None else torch.maximum(residual, found.residual)
-            with complex_plane(isinstance(at, complex)):
-                leaves, (energy,) = recorder.graph(found.state, nothing)
-            scale = torch.ones_like(energy) * lengths * weight
-            recorder.pull(leaves, (energy,), (scale.conj() if scale.is_complex() else scale,))
-        if status is not None:
-            status.adjoint_iterations, status.adjoint_residual = count, residual
-        return tuple(recorder.gradients)
-
-    return attach(Sweep(name, outputs, rest, run), tuple(recorder.captured))
-
-
-def _lengths(cotangents: State, policy: Nudged, together: bool) -> Tensor:
-    """What each example's cotangent is divided by; one number where the energy is one for all."""
-    each = norms(cotangents)
-    if not policy.normalize:
-        return torch.ones_like(each.sum() if together else each)
-    return torch.linalg.vector_norm(each) if together else each
-
-
-def _relaxed(
-    landscape: Landscape,
-    dynamics: Relaxation,
-    policy: Nudged,
-    rest: State,
-    pull: State,
-    at: Number,
-    limits: tuple[float | None, int],
-    measured: bool,
-) -> Found:
-    """The state relaxed from rest under the energy plus `at` times the linear cost."""
-    still = isinstance(at, float) and at == 0
-    if still and not policy.cancel_drift:
-        return Found(rest, 0, None, True)
-    in_plane = isinstance(at, complex)
-    start = tuple(part.to(part.dtype.to_complex()) for part in rest) if in_plane else rest
-
-    def forces(state: State, which: Sequence[int]) -> list[Tensor]:
-        found = landscape.forces(state, which, False)
-        return [force - at * pull[index] for force, index in zip(found, which)]
-
-    what = f"Nudged: the relaxation at strength {at}"
-    with torch.no_grad(), complex_plane(in_plane):
-        found = iterate(lambda s: relax_once(dynamics, forces, s), start, *limits, what, measured)
-        if in_plane:
-            _require_holomorphic(landscape, dynamics, found.state)
-    return found
-
-
-def _require_holomorphic(landscape: Landscape, dynamics: Relaxation, state: State) -> None:
-    """Check energy and activations at a complex state."""
-    for index, part in enumerate(state):
-
-        def energy(value: Tensor, index: int = index) -> Tensor:
-            return landscape.energies((*state[:index], value, *state[index + 1 :]))
-
-        require_holomorphic("the energy", energy, part)
-        if isinstance(dynamics, Activation):
-            require_holomorphic("the activation", partial(activated, dynamics, index), part)
+    return nudged_state(landscape, dynamics, policy, free.state, limits, strict, status, key)

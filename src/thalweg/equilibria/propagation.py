@@ -14,7 +14,6 @@ from thalweg.equilibria.complex_plane import complex_plane, require_holomorphic
 from thalweg.equilibria.convergence import judge, require_limits
 from thalweg.equilibria.costs import Cost, SquaredError
 from thalweg.equilibria.energy import EnergyNetwork
-from thalweg.equilibria.fixed_point import MEND
 from thalweg.equilibria.nudged import Nudged, Number, contrast
 from thalweg.equilibria.relaxation import Activation, Descent, activated
 from thalweg.equilibria.state import State
@@ -22,6 +21,7 @@ from thalweg.errors import ArgumentError, ArgumentTypeError, require_finite, req
 from thalweg.parameters import fill_gradients
 
 Gradients = list[Tensor | None]
+MEND = "More steps, a larger tolerance, or tolerance=None to take what the steps give, unjudged."
 
 
 @dataclass(frozen=True, slots=True, eq=False)
