@@ -1,6 +1,7 @@
 """What every user's training loop relies on: exact restoration, common random numbers, scalers, closures."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ RULES = [
     SPSA(side="forward"),
     ForwardGradient(samples=2),
     EvolutionStrategies(samples=2),
+    EvolutionStrategies(samples=2, restore="swap"),
     SPSA(samples=2, directions=LowRank(2), restore="swap"),
     SPSA(directions="sphere"),
     SPSA(samples=2, directions=Sparse(0.5, keep="largest")),
@@ -173,7 +175,7 @@ def test_tied_weights_count_once(rule):
     x = batch()[0].double()
     # what the rule must equal: one matrix used twice
     weight = first.weight.detach().clone().requires_grad_()
-    plain = SPSA(rule.samples, rule.scale, rule.directions, rule.side) if isinstance(rule, SPSA) else rule
+    plain = replace(rule, restore="copy") if hasattr(rule, "restore") else rule
     want = plain.estimate(lambda: (torch.tanh(x @ weight.T) @ weight.T).pow(2).mean(), [weight], Key(0))
     got = rule.estimate(lambda: net(x).pow(2).mean(), [first.weight], Key(0))
     torch.testing.assert_close(got.gradients, want.gradients)
@@ -334,6 +336,13 @@ def test_a_transformers_language_model_under_forward_gradient_equals_backprop():
     for gradient in found.gradients:
         # transformers computes the loss itself in float32
         torch.testing.assert_close(gradient.abs(), slope.expand_as(gradient), rtol=1e-5, atol=0)
+
+
+def test_in_place_refuses_parameters_that_overlap_in_memory():
+    whole = torch.zeros(4)
+    one, two = whole[:3].requires_grad_(), whole[2:].requires_grad_()
+    with pytest.raises(ValueError, match="memory not shared"):
+        SPSA(restore="inplace").estimate(lambda: one.sum() + two.sum(), [one, two], Key(0))
 
 
 def test_spsa_refuses_swap_outside_of_the_owning_module_by_a_named_non_finite_loss():

@@ -252,6 +252,7 @@ def test_policies_pickle_print_and_compare(rule):
         (lambda: EvolutionStrategies(weights="sign"), "weights"),
         (lambda: EvolutionStrategies(antithetic=1), "antithetic"),
         (lambda: EvolutionStrategies(scale=-1.0), "scale"),
+        (lambda: EvolutionStrategies(restore="inplace"), "restore"),
     ],
 )
 def test_bad_fields_are_refused_by_name(make, argument):

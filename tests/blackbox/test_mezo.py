@@ -317,3 +317,69 @@ def test_a_log_is_made_of_plain_numbers():
     (update,) = optimizer.log
     assert update == Update(Key(4), update.coefficients, (0.5,), (0.0,))
     assert isinstance(update.coefficients[0], float)
+
+
+def language_model():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        vocab_size=512, n_positions=128, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def test_a_language_model_trains_in_the_memory_of_inference_at_any_length():
+    model = language_model()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    optimizer = MeZO(model.parameters(), lr=1e-5, seed=0)
+    growth = []
+    for length in (32, 128):
+        tokens = torch.arange(2 * length).view(2, length) % 512
+
+        def closure(tokens=tokens):
+            return model(input_ids=tokens, labels=tokens).loss
+
+        def infer(closure=closure):
+            with torch.no_grad():
+                closure()
+
+        inference = weights + peak(infer)
+        assert weights + peak(lambda closure=closure: optimizer.step(closure)) <= 1.05 * inference
+        growth.append((weights + peak(lambda closure=closure: closure().backward())) / inference)
+        model.zero_grad()
+    # backpropagation instead takes the more the longer the sequence is
+    assert growth[1] > growth[0] > 1.05
+
+
+def test_a_language_model_with_dropout_and_tied_weights_is_replayed_bit_for_bit():
+    model = language_model().train()
+    assert model.lm_head.weight is model.transformer.wte.weight
+    start = [p.detach().clone() for p in model.parameters()]
+    optimizer = MeZO(model.parameters(), lr=1e-4, weight_decay=0.01, seed=1)
+    tokens = torch.arange(64).view(2, 32)
+    for _ in range(3):
+        optimizer.step(lambda: model(input_ids=tokens, labels=tokens).loss)
+    assert any(not torch.equal(a, b) for a, b in zip(start, model.parameters()))
+    replay_(start, optimizer.log)
+    assert all(torch.equal(a, b) for a, b in zip(start, model.parameters()))
+
+
+def test_a_slope_that_overflows_is_refused_before_anything_moves():
+    weight = torch.ones(3, requires_grad=True)
+    optimizer = MeZO([weight], gradient=SPSA(scale=1e-3))
+    with pytest.raises(NonFiniteError, match="slopes"):
+        optimizer.step(lambda: 3e38 * torch.tanh(1e6 * (weight - 1).sum()))
+    assert torch.equal(weight.detach(), torch.ones(3))
+    assert len(optimizer.log) == 0
+
+
+def test_a_compiled_model_gives_the_same_steps():
+    net, twin = network(torch.float32), network(torch.float32)
+    compiled = torch.compile(net, backend="aot_eager")
+    for restore in ("copy", "swap"):
+        for model, called in ((net, compiled), (twin, twin)):
+            optimizer = MeZO(model.parameters(), lr=0.01, gradient=SPSA(restore=restore), seed=0)
+            for _ in range(3):
+                optimizer.step(lambda called=called: called(torch.ones(2, 4)).pow(2).mean())
+        for a, b in zip(net.parameters(), twin.parameters()):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

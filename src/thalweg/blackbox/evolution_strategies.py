@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from thalweg.blackbox.directions import Bound, bind
-from thalweg.blackbox.estimate import Evaluations
+from thalweg.blackbox.estimate import Evaluations, eager_if
 from thalweg.blackbox.slopes import Slopes
 from thalweg.blackbox.walk import walk
 from thalweg.errors import ArgumentTypeError, require_choice, require_integer, require_positive
@@ -34,6 +34,7 @@ class EvolutionStrategies:
             replaces the losses by their ranks, spread evenly from -0.5 (best) to 0.5 (worst), ties sharing
             their mean: the same for every strictly increasing transform of the loss, and therefore *biased*,
             in length and in direction: a search direction, not a gradient.
+        restore: "copy" or "swap", as in `SPSA`.
 
     Raises:
         ArgumentError, ArgumentTypeError: a field out of range.
@@ -55,6 +56,7 @@ class EvolutionStrategies:
     scale: float = 1e-2
     antithetic: bool = True
     weights: Literal["raw", "ranks"] = "raw"
+    restore: Literal["copy", "swap"] = "copy"
 
     def __post_init__(self) -> None:
         require_choice("weights", self.weights, ("raw", "ranks"))
@@ -63,6 +65,7 @@ class EvolutionStrategies:
         alone = self.weights == "ranks" and not self.antithetic
         require_integer("samples", self.samples, 2 if alone else 1)
         require_positive("scale", self.scale)
+        require_choice("restore", self.restore, ("copy", "swap"))
 
     def estimate(self, closure: Closure, parameters: Sequence[Tensor], key: Key) -> Estimate:
         """One evaluation per direction and sign.
@@ -86,7 +89,8 @@ class EvolutionStrategies:
         bound = self.bind(parameters, key)
         signs = (1, -1) if self.antithetic else (1,)
         found = []
-        with torch.no_grad(), walk(parameters, bound, "copy") as go:
+        swapped = self.restore == "swap"
+        with torch.no_grad(), eager_if(swapped), walk(parameters, bound, self.restore) as go:
             for sample in range(self.samples):
                 for sign in signs:
                     go(sample, sign * self.scale)

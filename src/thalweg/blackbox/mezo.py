@@ -13,7 +13,13 @@ from thalweg.blackbox.estimate import Evaluations, eager_if
 from thalweg.blackbox.slopes import Measuring
 from thalweg.blackbox.spsa import SPSA
 from thalweg.borrowed import loan
-from thalweg.errors import ArgumentError, ArgumentTypeError, require_integer, require_positive
+from thalweg.errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    require_finite,
+    require_integer,
+    require_positive,
+)
 from thalweg.noise import Key
 from thalweg.parameters import collect
 from thalweg.step import draw_key, refuse_wrappers
@@ -156,7 +162,9 @@ class MeZO(torch.optim.Optimizer):
         evaluations = Evaluations(closure, parameters)
         with torch.no_grad(), refuse_wrappers("MeZO"):
             found = self.gradient.measure(evaluations, parameters, key)
-            coefficients = tuple(torch.stack(found.coefficients).tolist())
+            slopes = torch.stack(found.coefficients)
+            require_finite("the slopes", slopes)
+            coefficients = tuple(slopes.tolist())
             update = Update(key, coefficients, rates, decays)
             if self.conservative:
                 update = self._best(update, found.bound, evaluations, parameters)

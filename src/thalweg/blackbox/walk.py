@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from thalweg.blackbox.directions import Bound
-from thalweg.borrowed import loan
+from thalweg.borrowed import _require_own_memory, loan
 
 Go = Callable[[int, float], None]
 Restore = Literal["copy", "swap", "inplace"]
@@ -33,6 +33,7 @@ def walk(parameters: Sequence[Tensor], bound: Bound, restore: Restore) -> Iterat
         from where they were before the walk.
     """
     if restore == "inplace":
+        _require_own_memory(parameters)
         with _in_place(parameters, bound) as go:
             yield go
         return
