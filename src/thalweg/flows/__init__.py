@@ -2,6 +2,7 @@
 
 from thalweg.flows.field import Field, edm_preconditioned
 from thalweg.flows.grids import time_grid
+from thalweg.flows.guidance import autoguidance, classifier_free, classifier_guidance
 from thalweg.flows.linear_steps import Solver
 from thalweg.flows.losses import Noised, matching_loss, noised_batch
 from thalweg.flows.named_paths import (
@@ -17,6 +18,7 @@ from thalweg.flows.named_paths import (
 from thalweg.flows.path import Custom, Path, Rescaled, Retimed, shifted_clock
 from thalweg.flows.pipeline import through
 from thalweg.flows.prediction import KINDS, Kind
+from thalweg.flows.probability_flow import log_likelihood, probability_flow
 from thalweg.flows.samplers import sample
 from thalweg.flows.solvers import AdamsBashforth, DPMSolver2, Euler, Heun, RungeKutta4
 from thalweg.flows.stochastic_solvers import DDIM, EDM, DPMSolverPP2M, EulerMaruyama
@@ -68,11 +70,16 @@ __all__ = [
     "VariancePreserving",
     "WEIGHTS",
     "Weight",
+    "autoguidance",
+    "classifier_free",
+    "classifier_guidance",
     "data_weight",
     "edm_preconditioned",
     "effective_weight",
+    "log_likelihood",
     "matching_loss",
     "noised_batch",
+    "probability_flow",
     "sample",
     "shifted_clock",
     "through",

@@ -158,11 +158,12 @@ def checked_times(times: Tensor | Sequence[float]) -> tuple[float, ...]:
 def _table(solver: Solver, path: Path, source: Kind, times: tuple[float, ...]) -> tuple[LinearStep, ...]:
     hashable = isinstance(solver, Hashable) and isinstance(path, Hashable)
     if hashable and not torch.compiler.is_compiling():
-        return _remembered(solver, path, source, times)
+        found: tuple[LinearStep, ...] = _remembered(solver, path, source, times)
+        return found
     return linear_steps(solver, path, source, times)
 
 
-_remembered = lru_cache(maxsize=64)(linear_steps)
+_remembered: Any = lru_cache(maxsize=64)(linear_steps)
 
 
 def _latest(state: State) -> Tensor:
