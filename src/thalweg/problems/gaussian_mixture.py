@@ -104,6 +104,10 @@ class GaussianMixture:
             weights / weights.sum(), 2 * normal(shape[:, 0], Key(seed, call=2)), covariances
         )
 
+    def to(self, device: torch.device | str) -> GaussianMixture:
+        """The same mixture on another device; states have to be where it is."""
+        return GaussianMixture(*(part.to(device) for part in (self.weights, self.means, self.covariances)))
+
     def sample(self, count: int, key: Key) -> tuple[Tensor, Tensor]:
         """Draw data, shape (count, d), float64, and their labels, shape (count,)."""
         require_integer("count", count, 1)
@@ -216,7 +220,9 @@ class GaussianMixture:
         return found[-1].to(x.dtype)
 
     def _gaussian_flow(self, x: Tensor, start: float, end: float, path: Path, label: Tensor | None) -> Tensor:
-        chosen = torch.zeros(len(x), dtype=torch.long) if label is None else label.clamp(min=0)
+        chosen = (
+            torch.zeros(len(x), dtype=torch.long, device=x.device) if label is None else label.clamp(min=0)
+        )
         values, vectors = torch.linalg.eigh(self.covariances)
         first, last = (path.coefficients(time) for time in (start, end))
         spread = [(c.alpha**2 * values.clamp(min=0) + c.sigma**2).sqrt() for c in (first, last)]
@@ -254,5 +260,5 @@ class GaussianMixture:
             raise ArgumentError("label", label, f"one label per example, shape ({batch},)")
         if bool(((label < UNCONDITIONAL) | (label >= k)).any()):
             raise ArgumentError("label", label.tolist(), f"labels below {k}, or -1 for none")
-        allowed = (label[:, None] == torch.arange(k)) | (label[:, None] == UNCONDITIONAL)
+        allowed = (label[:, None] == torch.arange(k, device=label.device)) | (label[:, None] == UNCONDITIONAL)
         return torch.where(allowed, self.weights.log(), -math.inf)
