@@ -1,4 +1,4 @@
-"""The gradient of an ODE solve by every policy, beside torchdiffeq's `odeint` and `odeint_adjoint`.
+"""The gradient of an ODE solve by every policy, beside those of torchdiffeq and of torchode.
 
     python benchmarks/ode.py [--dim 32] [--width 256] [--batch 64] [--steps 40] [--repeats 9] [--out FILE]
 
@@ -6,6 +6,9 @@ One network, one loss at the final time, float64. For each method the error of t
 parameters together, against that of the differential equation (800 steps of rk4) and against autograd through
 the very same solve; the bytes kept for backward; evaluations of the field, forward and backward together; and
 the median time of forward and backward, in turn with the peers, with its ratios to theirs last.
+
+torchode is timed where it can be imported. What it depends on is older than what others here need, and enough
+of it runs without: pip install --no-deps torchode torchtyping
 """
 
 from __future__ import annotations
@@ -30,11 +33,18 @@ from thalweg.rollouts import Backsolve, Checkpointed, Discrete, Reversible, Tabl
 from thalweg.step import Backprop
 from thalweg.table import align, scaled, short
 
+try:
+    import torchode
+except ImportError:
+    torchode = None
+
 # what torchdiffeq calls rk4
 THREE_EIGHTHS = Tableau(
     "three_eighths", ((), (1 / 3,), (-1 / 3, 1.0), (1.0, -1.0, 1.0)), (1 / 8, 3 / 8, 3 / 8, 1 / 8), 4
 )
 PEERS = {"euler": "euler", "heun": "heun2", "rk4 (3/8)": "rk4", "dopri5": "dopri5", "reversible_heun": None}
+TORCHODE = {"euler": "Euler", "heun": "Heun", "dopri5": "Dopri5"}
+PEER_ROUTES = ("torchdiffeq odeint", "torchdiffeq odeint_adjoint", "torchode AutoDiffAdjoint")
 TOLERANCES = {"rtol": 1e-6, "atol": 1e-8}
 Solve = Callable[[], Tensor]
 
@@ -68,6 +78,8 @@ def routes(method: str, field: Field, x: Tensor, steps: int) -> dict[str, Solve]
             found[f"torchdiffeq {name}"] = lambda solve=solve, options=options: solve(
                 field, x, times, method=peer, **options
             )[-1]
+    if torchode is not None and method in TORCHODE:
+        found["torchode AutoDiffAdjoint"] = lambda: torchode_solve(method, field, x, steps)
     policies: list[Any] = [Backprop()]
     if method == "reversible_heun":
         policies += [Checkpointed(slots=5), Reversible()]
@@ -81,6 +93,23 @@ def routes(method: str, field: Field, x: Tensor, steps: int) -> dict[str, Solve]
             lambda x, t: field(t, x), x, times, method=solver, gradient=policy, **settings
         )[-1]
     return found
+
+
+def torchode_solve(method: str, field: Field, x: Tensor, steps: int) -> Tensor:
+    term = torchode.ODETerm(lambda t, x: field(t[:, None], x), with_stats=False)
+    stepper = getattr(torchode, TORCHODE[method])(term=term)
+    if method == "dopri5":
+        controller, length = torchode.IntegralController(**TOLERANCES, term=term), None
+    else:
+        controller, length = torchode.FixedStepController(), x.new_full((len(x),), 1 / steps)
+    ends = x.new_tensor([0.0, 1.0]).expand(len(x), 2)
+    problem = torchode.InitialValueProblem(y0=x, t_eval=ends)
+    final: Tensor = (
+        torchode.AutoDiffAdjoint(stepper, controller, backprop_through_step_size_control=False)
+        .solve(problem, dt0=length)
+        .ys[:, -1]
+    )
+    return final
 
 
 def gradient(solve: Solve, leaves: Sequence[Tensor]) -> Tensor:
@@ -136,9 +165,9 @@ def measure(method: str, dim: int, width: int, batch: int, steps: int, repeats: 
     times = milliseconds(runs, repeats)
     for row in rows:
         row["ms"] = times[row["route"]]
-        for name in ("odeint", "odeint_adjoint"):
-            peer = times.get(f"torchdiffeq {name}")
-            row[f"over_{name}"] = row["ms"] / peer if peer else None
+        for name in PEER_ROUTES:
+            peer = times.get(name)
+            row[f"over_{name.split()[1]}"] = row["ms"] / peer if peer else None
     return rows
 
 
@@ -151,7 +180,17 @@ def shown(policy: Any) -> str:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    columns = ["method, route", "error", "of own solve", "kept", "evaluations", "ms", "/ odeint", "/ adjoint"]
+    columns = [
+        "method, route",
+        "error",
+        "of own solve",
+        "kept",
+        "evaluations",
+        "ms",
+        "/ odeint",
+        "/ adjoint",
+        "/ torchode",
+    ]
     lines = [
         [
             f"{row['method']}, {row['route']}",
@@ -162,6 +201,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['ms']:.1f}",
             short(row["over_odeint"]),
             short(row["over_odeint_adjoint"]),
+            short(row["over_AutoDiffAdjoint"]),
         ]
         for row in rows
     ]
@@ -179,11 +219,14 @@ def main() -> None:
     sizes = {name: getattr(given, name) for name in ("dim", "width", "batch", "steps")}
     rows = [row for method in PEERS for row in measure(method, **sizes, repeats=given.repeats)]
     print(table(rows))
+    if torchode is None:
+        print("torchode is not installed and was left out: pip install --no-deps torchode torchtyping")
     record = {
         "benchmark": "ode",
         **sizes,
         "torch": torch.__version__,
         "torchdiffeq": torchdiffeq.__version__,
+        "torchode": None if torchode is None else torchode.__version__,
         "threads": 1,
         "machine": platform.processor() or platform.machine(),
         "rows": rows,

@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -89,7 +90,7 @@ def family_of(pipeline: Any) -> Family:
     for part in ("scheduler", "vae"):
         if getattr(pipeline, part, None) is None:
             raise refuse(f"It has no {part}.")
-    call = inspect.signature(type(pipeline).__call__).parameters if callable(pipeline) else {}
+    call = _arguments(type(pipeline).__call__) if callable(pipeline) else frozenset()
     for name in ("image", "mask_image", "control_image"):
         if name in call:
             raise refuse(f"Its loop takes {name}.")
@@ -97,7 +98,8 @@ def family_of(pipeline: Any) -> Family:
         network = getattr(pipeline, family.network, None)
         if network is None:
             continue
-        found = frozenset(inspect.signature(base(network).forward).parameters)
+        forward = base(network).forward
+        found = _arguments(getattr(forward, "__func__", forward))
         if not family.arguments <= found or "img_ids" in found:
             raise refuse(f"Its {family.network}, {type(network).__name__}, takes other arguments.")
         for name in _FURTHER_INPUTS:
@@ -111,6 +113,11 @@ def family_of(pipeline: Any) -> Family:
             )
         return family
     raise refuse("It has neither a unet nor a transformer.")
+
+
+@lru_cache(maxsize=64)
+def _arguments(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def base(network: Any) -> Any:

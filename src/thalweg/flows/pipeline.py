@@ -121,13 +121,14 @@ def through(
     if key is None and schedule.noisy:
         key = draw_key()
     predict = family.predict
+    scales = family.scales_latents and schedule.start != 1
 
     def step(network: Any, state: State, k: int, time: Tensor, key: Key | None = None) -> State:
         update = schedule.updates[k]
         now = _latest(state)
         seen = now if update.scale == 1 else now * update.scale
         if guidance > 1:
-            seen = torch.cat([seen, seen])
+            seen = _doubled(seen)
         output = predict(network, seen, time, conditions)
         if guidance > 1:
             without, conditioned = output.chunk(2)
@@ -137,12 +138,12 @@ def through(
 
     result = rollout(
         step,
-        schedule.begin(latents * schedule.start if family.scales_latents else latents),
+        schedule.begin(latents * schedule.start if scales else latents),
         len(schedule.times),
         gradient=gradient,
         network=network,
         then=_read_out(pipeline.vae, family.shifts_latents, decode, then),
-        inputs=schedule.timesteps(latents.device),
+        inputs=schedule.timesteps(latents.device).unbind(),
         key=key,
     )
     return result
@@ -162,6 +163,11 @@ def _read_out(
         return found if then is None else then(found)
 
     return read
+
+
+def _doubled(latents: Tensor) -> Tensor:
+    # of one sample a view will do, which copies nothing and keeps nothing twice
+    return latents.expand(2, -1, -1, -1) if len(latents) == 1 else torch.cat([latents, latents])
 
 
 def _latest(state: State) -> Tensor:

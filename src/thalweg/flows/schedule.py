@@ -78,17 +78,21 @@ class Schedule:
     def advance(self, k: int, state: State, output: Tensor, noise: Tensor | None) -> State:
         """The state after step `k`, in which the network said `output`."""
         update = self.updates[k]
+        if isinstance(state, Tensor) and noise is None and state.dtype not in _COARSE:
+            # most samplers: one fused operation
+            latents = state if update.latents[0] == 1 else state * update.latents[0]
+            return torch.add(latents, output, alpha=update.outputs[0])
         depth = len(update.latents)
         older = () if isinstance(state, Tensor) else state[depth:]
-        latents = (state,) if isinstance(state, Tensor) else state[:depth]
+        recent = (state,) if isinstance(state, Tensor) else state[:depth]
         outputs = (output, *older)
-        terms = list(zip(update.latents, latents)) + list(zip(update.outputs, outputs))
+        terms = list(zip(update.latents, recent)) + list(zip(update.outputs, outputs))
         if noise is not None:
             terms.append((update.noise, noise))
-        new = _weighted(terms, latents[0].dtype)
+        new = _weighted(terms, recent[0].dtype)
         if isinstance(state, Tensor):
             return new
-        return (new, *latents[: depth - 1], *outputs[: len(update.outputs) - 1])
+        return (new, *recent[: depth - 1], *outputs[: len(update.outputs) - 1])
 
 
 def _weighted(terms: Sequence[tuple[float, Tensor]], dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten, treespec_leaf
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from thalweg.noise import Key
@@ -49,6 +49,10 @@ class Process:
     then: Callable[..., Any] | None
     trajectory: bool
     _masked_calls: int = field(default=0, init=False)
+    _bare: bool = field(init=False)  # the state is a tensor in no container: nothing to flatten
+
+    def __post_init__(self) -> None:
+        self._bare = self.structure == treespec_leaf()
 
     def run(self, leaves: Leaves, store: Store) -> Any:
         """All steps and the read-out; `store` must name slots or segments, not a budget."""
@@ -109,21 +113,27 @@ class Process:
     def advance(self, k: int, leaves: Leaves) -> Leaves:
         """Step `k` on the flat state."""
         masked: MaskedNetwork | None = None
-        network: list[Any] = [] if self.network is None else [self.network]
+        network: tuple[Any, ...] = () if self.network is None else (self.network,)
         if self.shares is not None and self.shares[k] != (1.0, 1.0) and torch.is_grad_enabled():
             assert self.network is not None
             leaves = tuple(_entry(leaf) for leaf in leaves)
             entries = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
             masked = MaskedNetwork(self.network, *self.shares[k], entries)
-            network = [masked]
-        given: list[Any] = [] if self.inputs is None else [self.inputs[k]]
+            network = (masked,)
+        given: tuple[Any, ...] = () if self.inputs is None else (self.inputs[k],)
         if self.key is not None:
-            given.append(self.key.at(step=k))
-        new = self.step(*network, tree_unflatten(list(leaves), self.structure), k, *given)
+            given = (*given, self.key.at(step=k))
+        state = leaves[0] if self._bare else tree_unflatten(list(leaves), self.structure)
+        new = self.step(*network, state, k, *given)
         if masked is not None:
             self._masked_calls += masked.calls
-        found, structure = tree_flatten(new)
-        self._require_alike(k, leaves, found, structure)
+        if self._bare and isinstance(new, Tensor):
+            if self.cotangent is None:
+                return (new,)
+            found = [new]
+        else:
+            found, structure = tree_flatten(new)
+            self._require_alike(k, leaves, found, structure)
         if self.cotangent is not None:
             found = [self.cotangent(leaf) if _is_floating(leaf) else leaf for leaf in found]
         return tuple(found)

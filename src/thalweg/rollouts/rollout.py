@@ -18,6 +18,8 @@ from thalweg.rollouts.process import Process, require_inputs
 from thalweg.rollouts.route import Policy, Route, Store, as_route
 from thalweg.step import draw_key
 
+_EVERYTHING = Route()
+
 
 def rollout(
     step: Callable[..., Any],
@@ -84,7 +86,7 @@ def rollout(
         >>> noise.grad.shape
         torch.Size([4, 2])
     """
-    route = as_route(gradient)
+    route = _EVERYTHING if gradient is None else as_route(gradient)
     process, leaves = _prepare(route, step, state, steps, network, then, inputs, key, trajectory)
     store: Store = route.store
     if isinstance(store, Checkpointed) and store.budget is not None:
