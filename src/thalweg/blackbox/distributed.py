@@ -59,7 +59,8 @@ class Distributed:
             the result is that of one process on the whole batch (batches of the same size).
             "directions": every rank evaluates directions of its own, `samples` each, on the same batch or on
             one of its own; two all-gathers per step, and the result is the mean of what one process finds
-            with `rank_key(key, 0)`, `rank_key(key, 1)`, ... Ranks of losses and signs are each process's own.
+            with `rank_key(key, 0)`, `rank_key(key, 1)`, ... Ranks of losses and signs are each process's own,
+            and `restore="inplace"`, after which every rank's weights would differ by a rounding, is refused.
         group: a process group, or None for the default one.
 
     Attributes:
@@ -95,6 +96,10 @@ class Distributed:
                 "a rule over keyed directions: SPSA, EvolutionStrategies, ForwardGradient, OnePoint",
                 "For other rules call thalweg.all_reduce_gradients_(parameters) after thalweg.backward.",
             )
+        if self.split == "directions" and _restore(self.gradient) == "inplace":
+            mend = "'swap' needs as little memory and returns exactly; split='batch' takes 'inplace' too."
+            expected = "'copy' or 'swap' with split='directions': each rank would round on its own way"
+            raise ArgumentError("gradient", "restore='inplace'", expected, mend)
 
     def estimate(self, closure: Closure, parameters: Sequence[Tensor], key: Key) -> Estimate:
         """The evaluations of the rule on each rank; `evaluations` counts this rank's.
@@ -267,6 +272,11 @@ def _checksum(parameters: Sequence[Tensor]) -> int:
         # times an odd number, so that two parameters that changed places are seen
         total = total * 31 + each.to(total.device)
     return int(total)
+
+
+def _restore(rule: object) -> object:
+    # `OnePoint` keeps its own in the rule that it is made of
+    return getattr(rule, "restore", getattr(getattr(rule, "_point", None), "restore", None))
 
 
 def _world(group: Any) -> tuple[int, int]:
