@@ -5,7 +5,8 @@
 A GPT-2 of transformers, built from a small configuration without downloading anything. Bytes are the weights
 and the most that lived beside them at once, counted by `thalweg.ledger`; every route makes a whole step with
 the weights moved, by plain gradient descent where it has gradients. The ratio is to inference (one forward
-without a graph), and the claim is that MeZO's stays at most 1.05 at every length.
+without a graph), and the claim is that MeZO's stays at most 1.05 at every length. What it adds is never more
+than the largest parameter, which shows only where the activations are smaller than that (`--lengths 8`).
 """
 
 from __future__ import annotations

@@ -5,6 +5,8 @@ import pickle
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from thalweg.blackbox import SPSA, Blocks, Coordinates, ForwardGradient, LowRank, Sparse
@@ -293,3 +295,49 @@ def test_patterns_pickle_print_and_compare(pattern):
 def test_bad_fields_are_refused_by_name(make, argument):
     with pytest.raises((ValueError, TypeError), match=f"^{argument}: expected"):
         make()
+
+
+SHAPES = st.lists(
+    st.sampled_from([(), (0,), (1,), (7,), (3, 2), (2, 3, 2), (4, 0, 2)]), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shapes=SHAPES,
+    directions=st.sampled_from(
+        [
+            "sphere",
+            "coordinate",
+            Coordinates(subset=1),
+            LowRank(2),
+            Sparse(0.3),
+            Sparse(0.3, keep="largest"),
+            Blocks(),
+        ]
+    ),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 2**40),
+)
+def test_any_shapes_and_dtypes_come_back_bit_for_bit(shapes, directions, dtype, seed):
+    found = [torch.full(shape, 0.5, dtype=dtype, requires_grad=True) for shape in shapes]
+    before = [p.detach().clone() for p in found]
+
+    def closure():
+        return sum((p.double() ** 2).sum() for p in found)
+
+    if not sum(p.numel() for p in found) and isinstance(bind_name(directions), Coordinates):
+        with pytest.raises(ArgumentError, match=r"^directions: expected at least one weight"):
+            SPSA(directions=directions).estimate(closure, found, Key(seed))
+        return
+    estimate = SPSA(scale=0.25, directions=directions).estimate(closure, found, Key(seed))
+    assert all(torch.equal(a, b.detach()) for a, b in zip(before, found))
+    for p, gradient in zip(found, estimate.gradients):
+        if gradient is not None:
+            assert gradient.shape == p.shape
+            assert gradient.dtype is dtype
+            assert torch.isfinite(gradient).all()
+
+
+def bind_name(directions):
+    return Coordinates() if directions == "coordinate" else directions

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
@@ -254,6 +255,31 @@ def test_a_saved_run_goes_on_as_if_it_had_not_stopped():
     for _, x in zip(range(4), generator):
         again.step(lambda x=x: (other(x) - x.sum(1, keepdim=True)).pow(2).mean())
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["copy", "pickle"]
+)
+def test_a_copy_of_model_and_optimizer_goes_on_alike(duplicate):
+    net = network()
+    optimizer = MeZO(net.parameters(), lr=0.01, seed=2)
+    train(net, optimizer, 3)
+    other_net, other = duplicate((net, optimizer))
+    train(net, optimizer, 2)
+    train(other_net, other, 2)
+    assert len(other.log) == len(optimizer.log) == 5
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other_net.parameters()))
+
+
+@pytest.mark.gpu
+def test_replay_on_cuda_is_bit_exact():
+    net = network(torch.float32).cuda()
+    start = [p.detach().clone() for p in net.parameters()]
+    optimizer = MeZO(net.parameters(), lr=0.01, seed=2)
+    for _ in range(5):
+        optimizer.step(lambda: net(torch.ones(2, 4, device="cuda")).pow(2).mean())
+    replay_(start, optimizer.log)
+    assert all(torch.equal(a, b) for a, b in zip(start, net.parameters()))
 
 
 def test_it_learns_and_manual_seed_governs_the_directions():

@@ -59,6 +59,8 @@ class Coordinates:
         """
         sizes = [parameter.numel() for parameter in parameters]
         total = sum(sizes)
+        if not total:
+            raise ArgumentError("directions", self, "at least one weight in all parameters")
         if self.subset is None:
             if total > self.limit:
                 mend = f"That is as many evaluations: Coordinates(subset=100), or limit={total}."

@@ -145,6 +145,7 @@ class MeZO(torch.optim.Optimizer):
 
         Args:
             closure: returns the loss on a fixed batch, and does nothing else: no `backward`, no `zero_grad`.
+                A batch that does not fit may be summed over parts within it.
 
         Returns:
             The rule's reading of the loss before the step, detached.
@@ -192,6 +193,11 @@ class MeZO(torch.optim.Optimizer):
                 move(moved)
                 losses[sign] = evaluations.loss(f"the step, sign {'+' if sign > 0 else '-'}")
         return turned[min(losses, key=lambda sign: float(losses[sign]))]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # torch's own leaves out what a subclass adds
+        own = {name: getattr(self, name) for name in ("gradient", "conservative", "seed", "log")}
+        return {**super().__getstate__(), **own}
 
     def state_dict(self) -> dict[str, Any]:
         """Groups, seed and log, in plain numbers."""
