@@ -11,7 +11,6 @@ from thalweg.flows.named_paths import (
     OffsetCosine,
     Straight,
     SubVariancePreserving,
-    Tabulated,
     VarianceExploding,
     VariancePreserving,
 )
@@ -22,18 +21,9 @@ from thalweg.flows.probability_flow import log_likelihood, probability_flow
 from thalweg.flows.samplers import sample
 from thalweg.flows.solvers import AdamsBashforth, DPMSolver2, Euler, Heun, RungeKutta4
 from thalweg.flows.stochastic_solvers import DDIM, EDM, DPMSolverPP2M, EulerMaruyama
-from thalweg.flows.weights import (
-    WEIGHTS,
-    LogitNormal,
-    LogNormalLevel,
-    TimeLaw,
-    UniformLevel,
-    UniformTime,
-    UShaped,
-    Weight,
-    data_weight,
-    effective_weight,
-)
+from thalweg.flows.tabulated import Tabulated
+from thalweg.flows.time_laws import LogitNormal, LogNormalLevel, TimeLaw, UniformLevel, UniformTime, UShaped
+from thalweg.flows.weights import WEIGHTS, Weight, data_weight, effective_weight
 
 __all__ = [
     "AdamsBashforth",

@@ -225,7 +225,8 @@ def batched_times(x: Tensor, t: Tensor | float) -> Tensor:
         raise ArgumentError("x", x, "a batch of states, shape (batch, ...)")
     dtype = torch.promote_types(x.dtype, torch.float32)
     if not isinstance(t, Tensor):
-        clock_times(t)
+        if not (isinstance(t, float) and 0 <= t <= 1):
+            clock_times(t)  # says what is wrong, or that it is an integer
         return x.new_full((len(x),), t, dtype=dtype)
     if t.ndim == 0:
         return t.to(x.device, dtype).expand(len(x))

@@ -12,14 +12,8 @@ from thalweg.errors import ArgumentError, ArgumentTypeError, require_floating
 from thalweg.flows.field import Field
 from thalweg.flows.path import clock_times, over
 from thalweg.flows.prediction import Kind
-from thalweg.flows.weights import (
-    TimeLaw,
-    UniformTime,
-    Weight,
-    data_error_share,
-    data_weight,
-    require_law,
-)
+from thalweg.flows.time_laws import TimeLaw, UniformTime, require_law
+from thalweg.flows.weights import Weight, data_error_share, data_weight
 from thalweg.noise import Key, fresh_key, normal, uniform
 
 
