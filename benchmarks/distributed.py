@@ -7,9 +7,10 @@ Two gloo processes on this machine train the same network, each on its half of t
 DistributedDataParallel with backpropagation: its bytes are those of the gradient buckets that its
 communication hook sees, 2 (n - 1) / n times as a ring sends them. Ours are counted by `Distributed.traffic`.
 `on the wire` is what the loopback device of the kernel reports, headers, acknowledgements and one barrier
-included, per process: of so few bytes nearly all is that. `alone` is the same rule in the same processes without the exchange, on the same batch. All variants run in turn; times are
-medians of the repeats, of the slower process. A real network is slower than loopback: the bytes are the
-result, the times only show what the exchange adds here.
+included, per process: of so few bytes nearly all is that. `alone` is the same rule in the same processes
+without the exchange, on the same batch. All variants run in turn; times are medians of the repeats, of the
+slower process. A real network is slower than loopback: the bytes are the result, the times only show what the
+exchange adds here.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ def orthonormal(monkeypatch, shapes, unit_of):
             noise.flatten(1)[:, sample - start] = 1
         return noise
 
-    monkeypatch.setattr("thalweg.blackbox.nodes.noise.normal", of_the_basis)
+    monkeypatch.setattr("thalweg.blackbox.calls.noise.normal", of_the_basis)
     return sum(math.prod(shape) for shape in shapes)
 
 
@@ -402,6 +402,13 @@ def test_a_layer_with_several_outputs_is_refused():
     net, x = nn.GRU(3, 2, batch_first=True), torch.randn(4, 5, 3)
     with pytest.raises(UnsupportedError, match=r"GRU.*puts out tuple"):
         backward(lambda: net(x)[0].sum((1, 2)), net.parameters(), gradient=NodePerturbation(nodes=(nn.GRU,)))
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_weights_that_a_hook_makes_are_refused():
+    layer, x = nn.utils.weight_norm(nn.Linear(3, 2)), torch.randn(4, 3)
+    with pytest.raises(UnsupportedError, match="parametrizations serve"):
+        backward(lambda: layer(x).sum(1), layer.parameters(), gradient=NodePerturbation())
 
 
 def test_a_non_finite_loss_names_its_pass():

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from thalweg import noise
+from thalweg.blackbox.calls import Call, hooked, layer_name, pull_back
 from thalweg.blackbox.estimate import Evaluations, eager_if
 from thalweg.errors import (
     ArgumentError,
@@ -115,22 +113,6 @@ class NodePerturbation:
         return Estimate(clean.mean(), gradients, run.evaluations.count)
 
 
-@dataclass(slots=True, eq=False)
-class _Call:
-    """One call of a node in the clean pass, and what is found out about it later."""
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    like: Tensor  # shape and device of the output and the dtype of its noise; holds no values
-    clean: Tensor | None  # the output itself, where changes of activity are measured
-    change: Tensor | None = None
-    cotangent: Tensor | None = None
-
-    def noise(self, key: Key, sample: int, index: int) -> Tensor:
-        return noise.normal(self.like, Key(key.bits(), step=sample, call=index, device=key.device))
-
-
 @dataclass(frozen=True, slots=True)
 class _Signal:
     """What one noisy pass said: per example the change of loss over scale, samples and examples."""
@@ -151,7 +133,7 @@ class _Passes:
         self._owner: dict[int, str] = {}
         self._copies: dict[int, tuple[weakref.ref[Tensor], int, Tensor]] = {}
         self._signals: list[_Signal] = []
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
 
         def kept() -> Tensor:
             loss = closure()
@@ -162,7 +144,7 @@ class _Passes:
 
     def clean(self) -> Tensor:
         """The losses without noise, shape (batch,); records every call of a node."""
-        with _hooked(self._record):
+        with hooked(self._record):
             losses = self._evaluate("the pass without noise")
         self._copies.clear()
         reached = {id(p) for call in self.calls for p in self._owned(call.module)}
@@ -172,7 +154,7 @@ class _Passes:
         for call in self.calls:
             if call.like.ndim == 0 or len(call.like) != len(losses):
                 raise ArgumentError(
-                    f"closure: the output of {_name(call.module)}",
+                    f"closure: the output of {layer_name(call.module)}",
                     tuple(call.like.shape),
                     f"a shape ({len(losses)}, ...), one row per loss",
                     "Fold further dimensions behind the batch, not into it.",
@@ -190,7 +172,7 @@ class _Passes:
             index, position = position, position + 1
             same = index < len(self.calls) and self.calls[index].module is module
             if not (same and self.calls[index].like.shape == output.shape):
-                raise ArgumentError("closure", _name(module), _SAME, _SAME_MEND)
+                raise ArgumentError("closure", layer_name(module), _SAME, _SAME_MEND)
             call = self.calls[index]
             if target is not None and target != index:
                 return None
@@ -200,7 +182,7 @@ class _Passes:
                 call.change = (noisy.to(call.clean.dtype) - call.clean).to(call.like.dtype)
             return noisy
 
-        with _hooked(disturb):
+        with hooked(disturb):
             losses = self._evaluate(
                 f"sample {sample}" if target is None else f"sample {sample}, node {target}"
             )
@@ -224,10 +206,10 @@ class _Passes:
                     cotangent = drawn if cotangent is None else cotangent.add_(drawn)
             assert cotangent is not None
             owned = self._owned(call.module)
-            for parameter, gradient in zip(owned, _pull_back(call, cotangent, owned)):
+            for parameter, gradient in zip(owned, pull_back(call, cotangent, owned)):
                 where = self._index[id(parameter)]
                 before = totals[where]
-                totals[where] = gradient if before is None else before.add_(gradient)
+                totals[where] = gradient if before is None else before + gradient
         return tuple(total for total in totals if total is not None)
 
     def _credit_activity(self, change: Tensor) -> None:
@@ -262,17 +244,17 @@ class _Passes:
             )
         for parameter in module._parameters.values():
             if id(parameter) in self._index:
-                self._owner[id(parameter)] = _name(module)
+                self._owner[id(parameter)] = layer_name(module)
         if not self._is_node(module):
             return
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise UnsupportedError(
-                f"NodePerturbation: {_name(module)} puts out {type(output).__name__}, not one floating-point "
-                "tensor; leave its type out of nodes and its parameters out of the list"
+                f"NodePerturbation: {layer_name(module)} puts out {type(output).__name__}, not one "
+                "floating-point tensor; leave its type out of nodes and its parameters out of the list"
             )
         precise = torch.promote_types(output.dtype, torch.float32)
         self.calls.append(
-            _Call(
+            Call(
                 module,
                 tree_map_only(Tensor, self._copy, args),
                 tree_map_only(Tensor, self._copy, kwargs),
@@ -311,50 +293,5 @@ _SAME = "the same layers in the same order at each evaluation, on the same batch
 _SAME_MEND = "Fix the batch and every decision before the closure."
 
 
-def _pull_back(call: _Call, cotangent: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The vector-Jacobian product of one layer with respect to its own parameters."""
-    module = call.module
-    if type(module) is nn.Linear and len(call.args) == 1:
-        # as the layer's own backward, without running the layer again, and in float32 or better
-        rows = cotangent.reshape(-1, module.out_features)
-        inputs = call.args[0].reshape(-1, module.in_features).to(rows.dtype)
-        return [rows.T @ inputs if parameter is module.weight else rows.sum(0) for parameter in parameters]
-    cast = parameters[0].dtype
-    args, kwargs = tree_map_only(
-        Tensor, lambda t: t.to(cast) if t.is_floating_point() else t, (call.args, call.kwargs)
-    )
-    with torch.enable_grad(), torch.autocast(cotangent.device.type, enabled=False):
-        # not `module(...)`: hooks have had their call
-        output = module.forward(*args, **kwargs)
-        found = torch.autograd.grad(output, parameters, cotangent.to(output.dtype), allow_unused=True)
-    gradients = []
-    for gradient in found:
-        if gradient is None:
-            raise UnsupportedError(
-                f"NodePerturbation: a parameter of {_name(module)} takes no part in its forward; "
-                "torch.nn.utils.parametrizations serve, the older hooks of torch.nn.utils do not"
-            )
-        gradients.append(gradient)
-    return gradients
-
-
 def _per_example(signal: Tensor, like: Tensor) -> Tensor:
     return signal.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
-
-
-def _name(module: nn.Module) -> str:
-    return " ".join(repr(module).split())[:80]
-
-
-@contextmanager
-def _hooked(hook: Callable[[nn.Module, Any, Any, Any], Any]) -> Iterator[None]:
-    handle = nn.modules.module.register_module_forward_hook(hook, with_kwargs=True)
-    try:
-        with warnings.catch_warnings():
-            # a compiled module calls the hook once more, for its wrapper, which is no node
-            warnings.filterwarnings("ignore", message=r"Using `torch.compile\(module\)` when there are")
-            yield
-    finally:
-        handle.remove()
-        # torch leaves this entry behind, and every module call of the process would be slower for it
-        nn.modules.module._global_forward_hooks_with_kwargs.pop(handle.id, None)
