@@ -8,6 +8,7 @@ additions into the weights and one scaling; "inplace" comes back by a fourth dra
 Low-rank directions are held against the Gaussian bound, whose draws they save. Bytes are counted by
 `thalweg.ledger`: `extra` is the peak above what must be there in any case, the larger of a forward's
 activations and the gradient that is handed over; above the activations for whole steps, which hand over none.
+Times are processor time of one thread, to which other work on the machine does not count.
 Peers make the same central pair on the same network: torchzero's MeZO, and evotorch's PGPE with one pair.
 """
 
@@ -156,14 +157,14 @@ def peak_bytes(run: Callable[[], object]) -> int:
 
 
 def milliseconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median time of each, in turn, after one round to warm up."""
+    """Median processor time of each, in turn, after one round to warm up."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if round_:
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(1000 * (time.process_time() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 

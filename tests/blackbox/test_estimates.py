@@ -241,6 +241,7 @@ def test_policies_pickle_print_and_compare(rule):
         (lambda: SPSA(directions="cube"), "directions"),
         (lambda: SPSA(directions=LowRank), "directions"),
         (lambda: SPSA(directions=3), "directions"),
+        (lambda: SPSA(directions=SPSA()), "directions"),
         (lambda: SPSA(weights="ranks"), "weights"),
         (lambda: SPSA(allow_drift=1), "allow_drift"),
         (lambda: SPSA(restore="inplace", directions=Sparse(keep="largest")), "restore"),

@@ -58,7 +58,8 @@ def require_directions(argument: str, value: object, names: tuple[str, ...] = DI
     if isinstance(value, str):
         if value not in names:
             raise ArgumentError(argument, value, expected)
-    elif isinstance(value, type) or not isinstance(value, Pattern):
+    elif isinstance(value, type) or not isinstance(value, Pattern) or hasattr(value, "measure"):
+        # a rule binds directions too, and is none
         raise ArgumentTypeError(argument, value, expected)
 
 
