@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 
-from thalweg.score import bernoulli_log_probability, bernoulli_score, centred, gaussian_score
+from thalweg.score import (
+    bernoulli_log_probability,
+    bernoulli_score,
+    centred,
+    gaussian_score,
+    leave_one_out,
+    minimum_variance_baseline,
+)
 
 
 def test_bernoulli_matches_torch_distributions():
@@ -44,6 +51,22 @@ def test_the_mean_baseline_leaves_the_own_loss_out():
     assert centred(losses) is losses
 
 
+def test_leave_one_out_leaves_the_own_run_out():
+    losses = torch.randn(4, 3, dtype=torch.float64)
+    expected = [losses[k] - torch.cat([losses[:k], losses[k + 1 :]]).mean(0) for k in range(4)]
+    torch.testing.assert_close(leave_one_out(losses), torch.stack(expected))
+
+
+def test_the_minimum_variance_baseline_is_its_definition():
+    score, losses = torch.randn(6, 2, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    chances = torch.rand(6, dtype=torch.float64)
+    for weights in (None, chances):
+        each = torch.ones(6, dtype=torch.float64) if weights is None else weights
+        squares = each[:, None, None] * score**2
+        expected = (squares * losses[:, None, None]).sum(0) / squares.sum(0)
+        torch.testing.assert_close(minimum_variance_baseline(score, losses, weights), expected)
+
+
 @pytest.mark.parametrize(
     ("call", "argument"),
     [
@@ -51,6 +74,11 @@ def test_the_mean_baseline_leaves_the_own_loss_out():
         (lambda: centred(torch.ones(2, 2)), "losses"),
         (lambda: centred(torch.ones(2, dtype=torch.long)), "losses"),
         (lambda: centred(torch.ones(2), "median"), "baseline"),
+        (lambda: leave_one_out(torch.ones(1, 2)), "losses"),
+        (lambda: leave_one_out(torch.ones(2)), "losses"),
+        (lambda: leave_one_out(torch.ones(2, 2, dtype=torch.long)), "losses"),
+        (lambda: minimum_variance_baseline(torch.ones(1, 2), torch.ones(1), others=True), "score"),
+        (lambda: minimum_variance_baseline([1.0], torch.ones(1)), "score"),
         (lambda: bernoulli_score(torch.ones(2), torch.ones(3)), "outcome"),
         (lambda: bernoulli_score(torch.ones(3), [1.0]), "logits"),
         (lambda: gaussian_score(torch.ones(2), torch.ones(2, 1), math.e), "outcome"),

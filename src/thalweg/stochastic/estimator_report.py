@@ -21,6 +21,8 @@ from thalweg.noise import Key
 from thalweg.step import Rule, Step, as_step
 from thalweg.stochastic.arm import DisARM
 from thalweg.stochastic.enumeration import Enumeration
+from thalweg.stochastic.relax import REBAR
+from thalweg.stochastic.score_function import ScoreFunction
 from thalweg.table import align, short
 
 # 2^20 runs of the closure are hours for most models, and the reference is computed twice
@@ -105,7 +107,7 @@ def estimator_report(
     Choose it before you choose an estimator: on a small batch of your own model, or on
     `thalweg.problems.BernoulliNet`. All numbers are relative to the length of the exact gradient of all
     parameters (see `Fidelity`). Models, parameters, `.grad` and random states are afterwards as before;
-    estimators that learn are judged on copies, as they are.
+    baselines, `REBAR` and `RELAX` are judged on copies, as they are.
 
     Args:
         step: (model, closure, parameters), or a function of no arguments that returns it, with losses per
@@ -153,8 +155,8 @@ def estimator_report(
     reference, error = _reference(main, exact, limit, key)
     rows = []
     for name, (own, rule) in named.items():
-        # an estimator with state must neither carry it from draw to draw of others nor be changed
-        judged = copy.deepcopy(rule)
+        # what learns is left as it was; a user's own rule may hold on to the model, which a copy would not
+        judged = copy.deepcopy(rule) if isinstance(rule, ScoreFunction | REBAR) else rule
         found = fidelity(
             own,
             gradient=judged,

@@ -34,7 +34,8 @@ class REBAR(nn.Module):
     Temperature and scale are parameters: in training mode each estimate adds the gradient of its own squared
     length to their `.grad`, so an optimizer that holds `rule.parameters()` lowers the variance while the
     model learns; no setting adds bias. `rule.eval()`, or `requires_grad_(False)`, leaves them as they are, at
-    a third of the backward work. They are in `state_dict`.
+    a third of the backward work. They are in `state_dict`. Under an AMP scaler their gradients carry the
+    square of its scale: give them an Adam of their own, which does not mind.
 
     Unbiased when the loss of one example depends on that example's units only, and continuously on relaxed
     units: a threshold or a straight-through unit behind them makes a bias. Dropout masks are shared by all
@@ -161,7 +162,8 @@ class RELAX(REBAR):
 
     Choose it where the relaxed loss is a poor likeness of the loss, or where there is none: with
     `relaxed_loss=False` the loss needs no derivative and the closure runs once. The network's parameters are
-    among `rule.parameters()` and learn as described in `REBAR`.
+    among `rule.parameters()` and learn as described in `REBAR`. An AMP scaler would scale the losses and
+    not the network, which would have to follow every change of the scale: leave it out.
 
     Args:
         control: a differentiable module from the relaxed logits z of a unit call, of the shape of its logits

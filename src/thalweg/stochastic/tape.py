@@ -129,7 +129,7 @@ class Tape:
         if not pairs:
             mend = "Neither the loss nor the logits of any unit require grad."
             raise ArgumentError("closure", outputs[0], "losses that depend on the parameters", mend)
-        with recording(self):
+        with recording(self), _without_hooks(inputs):
             return torch.autograd.grad(
                 [output for output, _ in pairs],
                 list(inputs),
@@ -161,6 +161,20 @@ def per_example(signal: Tensor, like: Tensor) -> Tensor:
 def precise(losses: Tensor) -> Tensor:
     """Losses without graph, in float32 at least: their differences are what teaches the units."""
     return losses.detach().to(torch.promote_types(losses.dtype, torch.float32))
+
+
+@contextmanager
+def _without_hooks(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Keep the leaves' own hooks quiet: they fire when `.grad` is filled, and once is enough."""
+    # emptied in place, since autograd holds on to the dictionary itself
+    kept = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
+    try:
+        for hooks, _ in kept:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, items in kept:
+            hooks.update(items)
 
 
 _current: ContextVar[Tape | None] = ContextVar("thalweg_tape", default=None)
