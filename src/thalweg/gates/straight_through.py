@@ -83,10 +83,11 @@ def _stand_in(x: Tensor, slope: Slope, steepness: float | Tensor) -> Tensor:
     if slope == "atan":
         return torch.atan(scaled * (math.pi / 2)) / math.pi
     # -sign(x)/k, a constant to autograd: the absolute value without a derivative of zero at zero
-    side = torch.where(x.detach() < 0, 1.0, -1.0).to(x.dtype) / steepness
+    inverse = 1 / torch.as_tensor(steepness, dtype=x.dtype, device=x.device)
+    side = torch.copysign(inverse, x.detach()).neg_()
     if slope == "fast_sigmoid":
         return side * torch.reciprocal(1 - x / side)
-    return side * torch.relu(1 + x / side).square() / 2
+    return torch.relu(1 + x / side).square() * (side / 2)
 
 
 def _checked(steepness: float | Tensor, logits: Tensor) -> float | Tensor:
@@ -110,8 +111,9 @@ def with_gradient_of(smooth: Tensor, hard: Tensor) -> Tensor:
     contracts the difference, no longer returns `hard`. Here the sum only carries the graph (and the batch
     dimensions of both under `vmap`), and its memory is then overwritten out of autograd's sight.
     """
-    out = smooth + torch.zeros_like(hard)
-    out.detach().copy_(hard.detach())
+    hard = hard.detach()
+    out = smooth + hard
+    out.detach().copy_(hard)
     return out
 
 

@@ -94,7 +94,7 @@ class NoisyRectifier(nn.Module):
         else:
             numbers = tape.uniform_numbers(logits, key)
             drawn = -torch.logit(numbers.clamp(min=torch.finfo(numbers.dtype).tiny))
-        rectified: Tensor = torch.relu(logits + self.scale * drawn).to(logits.dtype)
+        rectified: Tensor = torch.relu(torch.add(logits, drawn, alpha=self.scale)).to(logits.dtype)
         return rectified
 
     def probability(self, logits: Tensor) -> Tensor:

@@ -61,11 +61,12 @@ class StochasticTimesSmooth(nn.Module):
         require_floating("logits", logits)
         if self.training:
             numbers = tape.uniform_numbers(logits, noise.fresh_key(logits))
-            chance = self.probability(logits.detach().to(numbers.dtype))
-            coin = (numbers < chance).to(logits.dtype)
+            logarithm = torch.nn.functional.logsigmoid(logits.to(numbers.dtype))
+            coin = (numbers < torch.exp(self.exponent * logarithm.detach())).to(logits.dtype)
         else:
+            logarithm = torch.nn.functional.logsigmoid(logits)
             coin = above(logits, self.threshold if threshold is None else threshold)
-        smooth = torch.exp((1 - self.exponent) * torch.nn.functional.logsigmoid(logits))
+        smooth = torch.exp((1 - self.exponent) * logarithm).to(logits.dtype)
         return coin * (smooth if self.scale == 1 else scale_gate(smooth, self.scale))
 
     def probability(self, logits: Tensor) -> Tensor:
