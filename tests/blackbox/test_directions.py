@@ -8,10 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from thalweg.blackbox import SPSA, Blocks, Coordinates, ForwardGradient, LowRank, Sparse
 from thalweg.blackbox.directions import bind
 from thalweg.errors import ArgumentError
+from thalweg.ledger import price
 from thalweg.noise import Key
 from thalweg.step import backward
 
@@ -341,3 +343,20 @@ def test_any_shapes_and_dtypes_come_back_bit_for_bit(shapes, directions, dtype, 
 
 def bind_name(directions):
     return Coordinates() if directions == "coordinate" else directions
+
+
+@pytest.mark.parametrize("directions", PATTERNS, ids=repr)
+def test_every_pattern_can_be_priced_on_fake_tensors(directions):
+    if isinstance(directions, Blocks) and directions.sizes:
+        directions = Blocks((2, 2), directions.order, directions.of)
+    with FakeTensorMode():
+        net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 1))
+        found = SPSA(directions=directions).estimate(
+            lambda: net(torch.ones(2, 3)).mean(), list(net.parameters()), Key(0)
+        )
+        shapes = [None if g is None else g.shape for g in found.gradients]
+    assert any(shape is not None for shape in shapes)
+    assert all(shape in (None, p.shape) for shape, p in zip(shapes, net.parameters()))
+    own = net_and_closure()[0].float()
+    step = (own, lambda: own(torch.ones(2, 3)).mean(), own.parameters())
+    assert "SPSA" in str(price(step, routes=[SPSA(directions=directions)]))

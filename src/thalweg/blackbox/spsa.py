@@ -46,8 +46,8 @@ class SPSA:
             changes the weights of one module while it runs, so that memory grows by the largest module only;
             parameters must then be used inside the module that owns them, and compiled modules run
             uncompiled. Either is exact, bit for bit. "inplace" adds and subtracts again, anywhere and without
-            a copy, and rounds at each return: the weights drift by about 1e-6 of their size in 100 steps in
-            float32, by 10 % and more in half precision.
+            a copy, and rounds at each return: in 100 steps weights of size 0.02 drift by 6e-7 of their norm
+            in float32, by 0.5 % in float16 and by 4 % in bfloat16.
         weights: "raw" weighs each direction by the slope along it, "sign" by the slope's sign alone: robust
             against heavy tails, and *biased*, a search direction.
         allow_drift: take "inplace" in float16 and bfloat16 too, where it is refused otherwise.
