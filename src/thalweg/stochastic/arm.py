@@ -28,7 +28,8 @@ class ARM:
     the like are the same in all runs. Only the first run keeps a graph; what lies downstream of the units
     gets its ordinary gradient. The loss needs no derivative in the units.
 
-    Unbiased when the loss of one example depends on that example's units only.
+    Unbiased when the loss of one example depends on that example's units only: no BatchNorm in training mode
+    behind the units, which would also move its running statistics once per run.
 
     Paper:
         Yin, Zhou: ARM: Augment-REINFORCE-merge gradient for stochastic binary networks. ICLR 2019,

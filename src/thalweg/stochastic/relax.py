@@ -38,8 +38,8 @@ class REBAR(nn.Module):
     square of its scale: give them an Adam of their own, which does not mind.
 
     Unbiased when the loss of one example depends on that example's units only, and continuously on relaxed
-    units: a threshold or a straight-through unit behind them makes a bias. Dropout masks are shared by all
-    runs; parameters downstream get the ordinary gradient of the hard run.
+    units: a BatchNorm in training mode, a threshold or a straight-through unit behind them makes a bias.
+    Dropout masks are shared by all runs; parameters downstream get the ordinary gradient of the hard run.
 
     Args:
         temperature: of the relaxed units sigmoid(z / temperature), above 0.
