@@ -1,5 +1,6 @@
 """A generative field: its path and predictions, sampling from it, and rewards through samplers."""
 
+from thalweg.flows.adapters import from_denoiser, from_diffusers, to_denoiser, to_diffusers
 from thalweg.flows.field import Field, edm_preconditioned
 from thalweg.flows.grids import time_grid
 from thalweg.flows.guidance import autoguidance, classifier_free, classifier_guidance
@@ -66,6 +67,8 @@ __all__ = [
     "data_weight",
     "edm_preconditioned",
     "effective_weight",
+    "from_denoiser",
+    "from_diffusers",
     "log_likelihood",
     "matching_loss",
     "noised_batch",
@@ -74,4 +77,6 @@ __all__ = [
     "shifted_clock",
     "through",
     "time_grid",
+    "to_denoiser",
+    "to_diffusers",
 ]

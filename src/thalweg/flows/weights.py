@@ -1,7 +1,8 @@
 """How much each noise level counts in training: weights of the loss.
 
 A weight and a law of times are one choice: what counts is the weight times the density, which
-`effective_weight` reports. Weights are always those of the squared error of the predicted data, whatever the network predicts.
+`effective_weight` reports. Weights are always those of the squared error of the predicted data, whatever the
+network predicts.
 """
 
 from __future__ import annotations
