@@ -364,3 +364,11 @@ def test_a_step_that_reads_values_is_refused_with_the_way_out() -> None:
     with pytest.raises(UnsupportedError, match=r"reads the value.*ledger\.cost"):
         price(reading)
     assert cost(reading, repeats=0).saved_bytes == price(dense)[0].saved_bytes
+
+
+def test_pricing_under_autocast_leaves_no_fake_weights_behind() -> None:
+    net, x = nn.Linear(4, 4), torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        before = net(x)
+        price((net, lambda: net(x).sum(), net.parameters()))
+        assert torch.equal(net(x), before)

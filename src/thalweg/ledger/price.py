@@ -115,8 +115,13 @@ def price(
 
 
 def _price(step: Step, name: str, rule: Rule, key: Key, fake: FakeMode) -> Price:
-    with isolated(step.model, step.parameters), kept(step), fake, explained():
-        counter, evaluations = count(step, rule, key, fake)
+    # the caller's autocast remembers weights that it has cast: neither its casts nor ours are for the other
+    torch.clear_autocast_cache()
+    try:
+        with isolated(step.model, step.parameters), kept(step), fake, explained():
+            counter, evaluations = count(step, rule, key, fake)
+    finally:
+        torch.clear_autocast_cache()
     return Price(
         route=name,
         saved_bytes=counter.saved_bytes,

@@ -183,6 +183,7 @@ def _alone() -> Iterator[FakeTensorMode]:
     hidden = [(table, dict(table)) for table in tables]
     for table in tables:
         table.clear()
+    torch.clear_autocast_cache()
     try:
         with _disable_current_modes() as modes:
             # the caller's own, where the process is being priced: two fake modes do not mix
@@ -191,6 +192,8 @@ def _alone() -> Iterator[FakeTensorMode]:
     finally:
         for table, hooks in hidden:
             table.update(hooks)
+        # else what follows under the caller's autocast would be given fake weights
+        torch.clear_autocast_cache()
 
 
 class _Counter(StorageCounter):
