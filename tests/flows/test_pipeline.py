@@ -365,3 +365,15 @@ def test_the_schedule_follows_the_scheduler() -> None:
         read_schedule(diffusers.UniPCMultistepScheduler(), 20)
     with pytest.raises(ArgumentTypeError, match=r"scheduler"):
         read_schedule(object(), 4)
+
+
+def test_a_flow_matching_step_is_the_schedulers_to_one_unit_in_the_last_place() -> None:
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    schedule = read_schedule(scheduler, 20)
+    scheduler.set_timesteps(20)
+    for k, time in enumerate(scheduler.timesteps):
+        x, v = torch.randn(2, 1000)
+        expected = scheduler.step(v, time, x, return_dict=False)[0]
+        largest = torch.maximum(x.abs(), expected.abs())
+        unit = torch.nextafter(largest, torch.tensor(torch.inf)) - largest
+        assert bool(((schedule.advance(k, x, v, None) - expected).abs() <= unit).all())

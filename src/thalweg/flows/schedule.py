@@ -76,7 +76,11 @@ class Schedule:
         return (latents, *(torch.zeros_like(latents) for _ in range(older)))
 
     def advance(self, k: int, state: State, output: Tensor, noise: Tensor | None) -> State:
-        """The state after step `k`, in which the network said `output`."""
+        """The state after step `k`, in which the network said `output`.
+
+        A sum of products is fused where it can be, and rounded once: beside `x + dt * v` as schedulers write
+        it, at most one unit in the last place of the larger of both ends of the step.
+        """
         update = self.updates[k]
         if isinstance(state, Tensor) and noise is None and state.dtype not in _COARSE:
             # most samplers: one fused operation
