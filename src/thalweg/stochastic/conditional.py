@@ -245,7 +245,8 @@ class ConditionalLinear(nn.Module):
 
     def _note(self, gates: Tensor) -> None:
         with torch.no_grad():
-            self.active.copy_((gates != 0).to(self.active.dtype).mean())
+            # of an empty batch nan, as a mean is
+            self.active.copy_(torch.count_nonzero(gates) / torch.tensor(gates.numel()))
 
     def _require_input(self, name: str, x: object) -> None:
         features = self.experts.in_features

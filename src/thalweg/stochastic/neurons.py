@@ -230,7 +230,7 @@ def checked_threshold(threshold: object) -> float:
 def above(logits: Tensor, threshold: Tensor | float) -> Tensor:
     """One where the logit lies above the threshold, else zero; nan where the logit is nan."""
     logits = logits.detach()
-    return torch.where(logits.isnan(), logits, (logits > threshold).to(logits.dtype))
+    return (logits > threshold).to(logits.dtype).masked_fill_(logits.isnan(), math.nan)
 
 
 def _relaxed(logits: Tensor, numbers: Tensor | None, temperature: float) -> Tensor:
