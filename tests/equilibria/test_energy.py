@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from toy import DOUBLE, error, slope
+from toy_network import DOUBLE, error, slope
 
 from thalweg.data import digits
 from thalweg.equilibria import (
@@ -159,12 +159,12 @@ def test_holomorphic_learning_is_exact_beyond_any_power(name: str) -> None:
     network, price, x, y = made(name)
     implicit = exact(network, price, x, y, Implicit("gmres", 1e-12))
     two, four, eight = (
-        error(learned(network, price, x, y, Nudged(0.2, "holomorphic", points=n)), implicit)
+        error(learned(network, price, x, y, Nudged(0.2, "holomorphic", points=n), 120), implicit)
         for n in (2, 4, 8)
     )
     assert eight < 0.1 * four < 0.1 * two
-    centered = learned(network, price, x, y, Nudged(0.2))
-    assert error(learned(network, price, x, y, Nudged(0.2, "holomorphic", points=2)), centered) < 1e-13
+    centered = learned(network, price, x, y, Nudged(0.2), 120)
+    assert error(learned(network, price, x, y, Nudged(0.2, "holomorphic", points=2), 120), centered) < 1e-13
 
 
 def test_random_sign_is_one_of_the_two_and_follows_the_seed() -> None:
@@ -363,6 +363,17 @@ def test_remembered_states_go_on_where_they_were() -> None:
         assert int((kept[f"rest_{index}"] != 0).any(1).sum()) <= 2
     with pytest.raises(ArgumentTypeError, match="indices"):
         learner.phases((x, y))[0].backward()
+
+
+def test_remembering_a_batch_carries_its_state_to_the_next() -> None:
+    network = hopfield(dense_links([6, 5, 3]))
+    learner = EquilibriumPropagation(network, gradient=Nudged(0.5), steps=5, remember=4)
+    first, second, slots = torch.rand(4, 6), torch.rand(4, 6), torch.arange(4)
+    for x in (first, second):
+        learner.phases((x, torch.tensor([0, 1, 2, 1]), slots))[0].backward()
+    between = network.relax(network.drive(first), network.zeros(first), 5).state
+    wanted = network.relax(network.drive(second), between, 5).state
+    assert all(torch.allclose(getattr(learner, f"rest_{i}"), part) for i, part in enumerate(wanted))
 
 
 def test_frozen_parameters_stay_without_gradient() -> None:

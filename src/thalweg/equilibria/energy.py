@@ -230,6 +230,9 @@ def hopfield(
 ) -> EnergyNetwork:
     """The original paper's network: units clipped to [0, 1], gradient descent on the Hopfield energy.
 
+    A unit stuck at a bound has no derivative, while a nudge of finite strength can still pull it off: give
+    exact policies a network with a linear or sigmoid output (`even_odd`, `convergent`).
+
     Args:
         links: for example `dense_links([784, 500, 10])`.
         rate: step size of the relaxation.

@@ -51,6 +51,8 @@ def fixed_point(
     `Backprop()` with `tolerance=None` is a plain loop and supports what the function does (`torch.func.grad`,
     `vmap`, `jvp`, compilation). The others refuse `torch.func` transforms by name. All support autocast.
 
+    `thalweg.price`, which has no values to judge by, counts `max_steps` of forward and solve: an upper bound.
+
     Args:
         function: f(z) returns a state like its argument, without changing it in place.
         start: z0: a tensor, or tensors in tuples, lists and dicts. Where each part has a first dimension and

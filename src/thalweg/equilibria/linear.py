@@ -93,7 +93,9 @@ def _gmres(
     """
     state, count = right, 0
     if without_data(right):
-        return Found(step(right), 1, None, True)
+        # nothing can be decided: a little more than one whole cycle
+        space = [product(right) for _ in range(min(restart, max_steps) + 1)]
+        return Found(space[-1], len(space), None, True)
     while True:
         following = step(state)
         count += 1

@@ -55,7 +55,8 @@ class EnergyLearner(nn.Module):
         steps: of the free relaxation, at least 1; exactly so many where `tolerance` is None.
         tolerance: stop earlier where no example moves by more, and raise where `steps` do not suffice.
         remember: how many training examples have the rest state kept from which their next relaxation starts,
-            as in the original paper; batches are then (inputs, targets, indices). 0 starts from zeros.
+            as in the original paper; batches are then (inputs, targets, indices). With the batch size and
+            always the same indices, a batch starts where the last one ended. 0 starts from zeros.
     """
 
     def __init__(
