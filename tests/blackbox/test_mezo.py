@@ -15,6 +15,7 @@ from thalweg.blackbox import (
     ForwardGradient,
     LowRank,
     MeZO,
+    OnePoint,
     Sparse,
     replay_,
 )
@@ -269,6 +270,18 @@ def test_a_copy_of_model_and_optimizer_goes_on_alike(duplicate):
     train(other_net, other, 2)
     assert len(other.log) == len(optimizer.log) == 5
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other_net.parameters()))
+
+
+def test_the_baseline_of_one_point_is_saved_with_the_run():
+    net, other = network(), network()
+    first = MeZO(net.parameters(), lr=0.01, gradient=OnePoint(), seed=2)
+    train(net, first, 3)
+    other.load_state_dict(net.state_dict())
+    second = MeZO(other.parameters(), lr=0.01, gradient=OnePoint(), seed=2)
+    second.load_state_dict(first.state_dict())
+    for model, optimizer in ((net, first), (other, second)):
+        train(model, optimizer, 3)
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters()))
 
 
 @pytest.mark.gpu

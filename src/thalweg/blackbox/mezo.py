@@ -10,6 +10,7 @@ from torch import Tensor
 
 from thalweg.blackbox.directions import Bound, weighted_sum
 from thalweg.blackbox.estimate import Evaluations, eager_if
+from thalweg.blackbox.one_point import OnePoint
 from thalweg.blackbox.slopes import Measuring
 from thalweg.blackbox.spsa import SPSA
 from thalweg.borrowed import loan
@@ -200,15 +201,20 @@ class MeZO(torch.optim.Optimizer):
         return {**super().__getstate__(), **own}
 
     def state_dict(self) -> dict[str, Any]:
-        """Groups, seed and log, in plain numbers."""
+        """Groups, seed and log, in plain numbers, and the state of a rule that has one."""
         steps = [(update.key.step, *update[1:]) for update in self.log]
-        return {**super().state_dict(), "seed": self.seed, "log": steps}
+        found = {**super().state_dict(), "seed": self.seed, "log": steps}
+        if isinstance(self.gradient, OnePoint):
+            found["gradient"] = self.gradient.state_dict()
+        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over what `state_dict` returned; training goes on with the directions it would have had."""
         seed = state_dict["seed"]
         super().load_state_dict({name: state_dict[name] for name in ("state", "param_groups")})
         self.seed = seed
+        if isinstance(self.gradient, OnePoint):
+            self.gradient.load_state_dict(state_dict["gradient"])
         self.log.updates = [
             Update(Key(seed, step=step), tuple(coefficients), tuple(lr), tuple(decay))
             for step, coefficients, lr, decay in state_dict["log"]
