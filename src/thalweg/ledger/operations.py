@@ -46,6 +46,14 @@ def _lstm_layer_backward(*args: Any, **kwargs: Any) -> int:
     return 2 * _lstm_layer(*args, **kwargs)
 
 
+def _sampled_products(pattern: Tensor, rows: Tensor, *_args: Any, **_kw: Any) -> int:
+    """Dot products of rows and columns, computed at the stored entries of a sparse matrix only."""
+    return 2 * pattern._nnz() * rows.shape[1]
+
+
+# the formula wants the pattern itself, not its shape
+_sampled_products._get_raw = True  # type: ignore[attr-defined]
+
 _aten = torch.ops.aten
 FORMULAS: dict[Any, Callable[..., int]] = {
     **flop_registry,
@@ -58,6 +66,7 @@ FORMULAS: dict[Any, Callable[..., int]] = {
     ],
     _aten._transformer_encoder_layer_fwd: _encoder_layer,
     _aten._native_multi_head_attention: _multi_head_attention,
+    _aten.sparse_sampled_addmm: _sampled_products,
     _aten.mkldnn_rnn_layer: _lstm_layer,
     _aten.mkldnn_rnn_layer_backward: _lstm_layer_backward,
 }

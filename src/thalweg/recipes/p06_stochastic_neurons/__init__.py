@@ -1,0 +1,1 @@
+"""Paper 06: estimating or propagating gradients through stochastic neurons for conditional computation."""
