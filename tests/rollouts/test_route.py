@@ -328,3 +328,25 @@ def test_policies_print_compare_hash_and_pickle(policy: object) -> None:
 def test_wrong_routes_are_refused(make) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises((ArgumentError, ArgumentTypeError)):
         make()
+
+
+def test_a_module_of_two_names_is_masked_and_left_as_it_was():
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = torch.nn.Linear(2, 2)
+            self.second = self.first
+
+        def forward(self, x):
+            return torch.tanh(self.first(self.second(x)))
+
+    found = []
+    for policy in (Backprop(), Route(parameters=0.5)):
+        torch.manual_seed(0)
+        net = Twice()
+        weight = net.first.weight
+        out = rollout(lambda n, x, k: x + n(x), torch.ones(1, 2), 1, gradient=policy, network=net)
+        out.sum().backward()
+        assert net.first.weight is weight
+        found.append(weight.grad)
+    torch.testing.assert_close(found[1], found[0] / 2)

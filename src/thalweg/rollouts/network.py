@@ -47,11 +47,13 @@ class MaskedNetwork:
         fraction = 1 - self._parameters
         shared: dict[int, Tensor] = {}
         masked = {}
-        for name, parameter in self._network.named_parameters(remove_duplicate=False):
-            if id(parameter) not in shared:
-                scalable = parameter.is_floating_point() and parameter.requires_grad
-                shared[id(parameter)] = stop(parameter, fraction) if scalable else parameter
-            masked[name] = shared[id(parameter)]
+        # by modules, each once: a module of two names would be swapped twice and restored to the first swap
+        for prefix, module in self._network.named_modules():
+            for name, parameter in module.named_parameters(prefix, recurse=False, remove_duplicate=False):
+                if id(parameter) not in shared:
+                    scalable = parameter.is_floating_point() and parameter.requires_grad
+                    shared[id(parameter)] = stop(parameter, fraction) if scalable else parameter
+                masked[name] = shared[id(parameter)]
         return functional_call(self._network, masked, args, kwargs, tie_weights=False)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
