@@ -20,7 +20,7 @@ from thalweg.flows import (
 )
 from thalweg.noise import Key
 from thalweg.problems import GaussianMixture
-from thalweg.rollouts import Checkpointed
+from thalweg.rollouts import Checkpointed, Route, Skipped
 from thalweg.step import Backprop
 
 MIXTURE = GaussianMixture.drawn(3, 2, seed=1)
@@ -161,6 +161,25 @@ def test_gradients_through_guided_samplers_agree_and_reach_the_parameters():
         found.append(torch.autograd.grad(out.square().sum(), [x, c, *net.parameters()]))
     for one, other in zip(*found):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
+
+
+def test_masks_reach_both_calls_of_a_guided_network():
+    """Over one step, half the parameters' Jacobian is half their gradient, through both calls."""
+    found = []
+    for policy in (Backprop(), Route(parameters=0.5), Skipped()):
+        torch.manual_seed(0)
+        net = Conditional()
+        guided = classifier_free(Field(net, Cosine(), "v"), 2.0, null={"c": torch.zeros(1).double()})
+        x = torch.ones(3, 2, dtype=torch.float64, requires_grad=True)
+        c = torch.ones(1, dtype=torch.float64)
+        out = sample(guided, x, [0.9, 0.4], gradient=policy, conditions={"c": c})
+        found.append(torch.autograd.grad(out.sum(), [x, *net.parameters()], allow_unused=True))
+    exact, halved, skipped = found
+    torch.testing.assert_close(halved[0], exact[0])
+    for mine, true in zip(halved[1:], exact[1:]):
+        torch.testing.assert_close(mine, true / 2)
+    assert skipped[1:] == (None, None)
+    assert (skipped[0] != exact[0]).any()
 
 
 @pytest.mark.parametrize(

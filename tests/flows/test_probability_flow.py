@@ -189,6 +189,9 @@ def test_likelihood_can_be_trained_through():
     with torch.no_grad():
         slope = (value(0.3 + h) - value(0.3 - h)) / (2 * h)
     torch.testing.assert_close(gradient, slope, rtol=1e-6, atol=1e-6)
+    for policy in (Discrete(), Checkpointed(slots=2)):
+        (found,) = torch.autograd.grad(value(0.3, policy), scale)
+        torch.testing.assert_close(found, gradient, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -440,12 +440,14 @@ def test_sampling_compiles_and_maps():
         ({"times": [1.0, 0.5], "field": MIXTURE.field(Straight(), "noise")}, "times"),
         ({"times": [0.5, 0.0], "solver": RungeKutta4(), "field": MIXTURE.field(Straight(), "data")}, "times"),
         ({"times": [0.99, 0.5], "solver": EDM(churn=1.0), "field": MIXTURE.field(VarianceExploding(), "data")}, "churn"),  # noqa: E501
+        ({"times": [0.0, 0.5], "solver": DPMSolverPP2M()}, "times"),
+        ({"times": [0.5, 1.0], "solver": DPMSolverPP2M()}, "times"),
         ({"times": [0.9, 0.5], "solver": DDIM(2.0)}, "eta"),
         ({"start": torch.tensor(1.0)}, "start"),
     ],
     ids=[
         "one", "turning", "equal", "late", "nan", "rising_noise", "edm", "maruyama", "noise_at_1",
-        "data_at_0", "churn", "eta", "scalar",
+        "data_at_0", "from_data", "to_noise", "churn", "eta", "scalar",
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused_before_anything_runs(change, argument):

@@ -173,7 +173,14 @@ class JoinedNetwork(nn.Module):
     def __init__(self, function: Network, networks: tuple[Network, ...]) -> None:
         super().__init__()
         self.function = function
-        self.parts = nn.ModuleList(part for part in networks if isinstance(part, nn.Module))
+        # each module once and by one name, which is how masks and optimizers want to see it
+        found: dict[nn.Module, None] = {}
+        for network in networks:
+            if isinstance(network, JoinedNetwork):
+                found.update(dict.fromkeys(network.parts))
+            elif isinstance(network, nn.Module):
+                found[network] = None
+        self.parts: nn.ModuleList = nn.ModuleList(found)
 
     def forward(self, x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
         """Call the function."""

@@ -206,8 +206,12 @@ def linear_steps(solver: Solver, path: Path, source: Kind, times: Sequence[float
     for index in range(len(times) - 1):
         back = [Sum({f"memory{lag}": 1.0}) for lag in range(min(index, solver.memory))]
         step = Step(path, source, points, index, back)
-        result = solver.advance(step)
-        for weights in (result.weights(), *(weights for _, weights in step.calls)):
+        try:
+            result = solver.advance(step)
+            sums = [result.weights(), *(weights for _, weights in step.calls)]
+        except (ZeroDivisionError, OverflowError):
+            result, sums = step.x, [(("x", math.nan),)]
+        for weights in sums:
             if not all(math.isfinite(weight) for _, weight in weights):
                 mend = "Start or stop a little off the end, or take a solver that allows it, such as DDIM()."
                 expected = f"times that {type(solver).__name__} can step between"
