@@ -3,7 +3,20 @@
 from typing import TYPE_CHECKING, Any
 
 from thalweg import gates
-from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
+from thalweg.blackbox import (
+    PGPE,
+    SPSA,
+    Budget,
+    Decorrelation,
+    Distributed,
+    EvolutionStrategies,
+    ForwardGradient,
+    MeZO,
+    NodePerturbation,
+    OnePoint,
+    OrnsteinUhlenbeck,
+    Streamed,
+)
 from thalweg.ledger import cost, fidelity, price
 from thalweg.noise import Key
 from thalweg.parameters import all_reduce_gradients_
@@ -19,7 +32,26 @@ from thalweg.rollouts import (
     rollout,
 )
 from thalweg.step import Backprop, Estimate, Learner, Phase, Rule, Step, backward
-from thalweg.stochastic import BinaryNeuron, Enumeration, ScoreFunction, StraightThrough
+from thalweg.stochastic import (
+    ARM,
+    REBAR,
+    RELAX,
+    BinaryNeuron,
+    CategoricalNeuron,
+    Concrete,
+    ConditionalLinear,
+    DisARM,
+    Enumeration,
+    MinimumVariance,
+    NoisyRectifier,
+    ReinMax,
+    ScoreFunction,
+    SpikingNeuron,
+    StochasticTimesSmooth,
+    StraightThrough,
+    StraightThroughGumbel,
+    estimator_report,
+)
 
 if TYPE_CHECKING:
     from thalweg import doctor, flows, problems
@@ -27,32 +59,55 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "SPSA",
+    "ARM",
     "Backprop",
     "Backsolve",
     "BinaryNeuron",
+    "Budget",
+    "CategoricalNeuron",
     "Checkpointed",
+    "Concrete",
+    "ConditionalLinear",
+    "Decorrelation",
+    "DisARM",
     "Discrete",
+    "Distributed",
     "Enumeration",
     "Estimate",
     "EvolutionStrategies",
     "ForwardGradient",
     "Key",
     "Learner",
+    "MeZO",
+    "MinimumVariance",
+    "NodePerturbation",
+    "NoisyRectifier",
+    "OnePoint",
+    "OrnsteinUhlenbeck",
+    "PGPE",
     "Phase",
+    "REBAR",
+    "RELAX",
+    "ReinMax",
     "Reversible",
     "Route",
     "Rule",
+    "SPSA",
     "ScoreFunction",
     "Skipped",
+    "SpikingNeuron",
     "Step",
+    "StochasticTimesSmooth",
     "StraightThrough",
+    "StraightThroughGumbel",
+    "Streamed",
     "Truncated",
     "all_reduce_gradients_",
     "backward",
     "compare",
     "cost",
     "doctor",
+    "estimator_report",
     "fidelity",
     "flows",
     "gates",
