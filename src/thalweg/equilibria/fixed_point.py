@@ -51,7 +51,8 @@ def fixed_point(
     `Backprop()` with `tolerance=None` is a plain loop and supports what the function does (`torch.func.grad`,
     `vmap`, `jvp`, compilation). The others refuse `torch.func` transforms by name. All support autocast.
 
-    `thalweg.price`, which has no values to judge by, counts `max_steps` of forward and solve: an upper bound.
+    `thalweg.price`, which has no values to judge by, counts `max_steps` of forward and solve (of "gmres" one
+    cycle).
 
     Args:
         function: f(z) returns a state like its argument, without changing it in place.

@@ -117,11 +117,13 @@ def _cycle(product: Map, gap: State, width: int, target: float) -> tuple[State, 
     length = torch.linalg.vector_norm(start)
     rows = len(joined(gap))
     basis = [start / length]
+    rounding = torch.finfo(start.dtype).eps
     hessenberg = start.new_zeros(width + 1, width)
     used = 0
     for k in range(width):
         used += 1
         image = basis[k] - joined(product(parted(basis[k].reshape(rows, -1), gap))).reshape(-1)
+        size = float(torch.linalg.vector_norm(image))
         for _ in range(2):  # once more, for the digits that the first pass loses
             for j, vector in enumerate(basis):
                 share = vector @ image
@@ -133,8 +135,10 @@ def _cycle(product: Map, gap: State, width: int, target: float) -> tuple[State, 
         first[0] = length
         weights = torch.linalg.lstsq(small, first).solution
         left = float(torch.linalg.vector_norm(first - small @ weights))
-        # a tenth, since the norm over all examples and that of one differ; the true residual decides
-        if left <= 0.1 * target or float(hessenberg[k + 1, k]) <= 1e-14 * float(length):
+        # a tenth, and no more than rounding lets it reach; the true residual decides, after the cycle
+        if left <= max(0.1 * target, 4 * rounding * float(length)) or float(hessenberg[k + 1, k]) <= (
+            4 * rounding * size
+        ):
             break
         basis.append(image / hessenberg[k + 1, k])
     combined = sum(weight * vector for weight, vector in zip(weights[:, 0], basis))
