@@ -87,6 +87,8 @@ def test_ends_are_exact():
     start = PATHS["tabulated"].coefficients(0.0)
     assert (float(start.alpha), float(start.sigma)) == (1.0, 0.0)
     assert all(math.isfinite(value) for value in start)
+    near = PATHS["tabulated"].coefficients(1e-7)
+    torch.testing.assert_close(start.sigma_rate, near.sigma / 1e-7, rtol=1e-6, atol=0)
 
 
 def test_a_table_holds_its_entries():

@@ -143,6 +143,15 @@ def test_adams_bashforth_of_order_one_is_ddim():
     torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-13)
 
 
+def test_adams_bashforth_starts_from_pure_noise_by_a_step_of_ddim():
+    field, solver = MIXTURE.field(Cosine(), "v"), AdamsBashforth(3)
+    x = torch.randn(4, 2, dtype=torch.float64)
+    after = sample(field, x, [1.0, 0.8], solver=DDIM())
+    expected = sample(field, after, [0.8, 0.5, 0.2, 0.1], solver=solver)
+    found = sample(field, x, [1.0, 0.8, 0.5, 0.2, 0.1], solver=solver)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_edm_without_churn_is_heun_in_sigma():
     path = VariancePreserving()
     x, found = one_step(EDM(), path)
