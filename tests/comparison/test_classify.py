@@ -137,7 +137,7 @@ def test_claims_and_figure_are_recorded(outcome: dict[str, Any]) -> None:
     assert (out / "figures" / "accuracy_against_cost.png").stat().st_size > 10_000
     recorded = json.loads((out / "claims.json").read_text())
     assert recorded["passed"] is True
-    assert len(recorded["claims"]) == 11
+    assert len(recorded["claims"]) == 16
     assert json.loads((out / "comparison.json").read_text())["rows"] == outcome["rows"]
 
 

@@ -36,7 +36,7 @@ def test_smoke_asserts_what_is_exact_and_shows_the_rest(finished: Path) -> None:
 
 def test_smoke_draws_every_figure(finished: Path) -> None:
     names = {path.stem for path in (finished / "figures").iterdir()}
-    assert names == {"error_against_work", "learning_curves", "estimators"}
+    assert names == {"error_and_work", "learning_curves", "estimators"}
 
 
 def test_the_default_preset_asserts_the_lines_of_acceptance() -> None:

@@ -7,7 +7,7 @@ import itertools
 import torch
 from torch import Tensor, nn
 
-from thalweg.stochastic import BinaryNeuron, StraightThrough
+from thalweg.stochastic import BinaryNeuron, Concrete, StraightThrough
 
 
 class SmoothClassifier(nn.Module):
@@ -50,8 +50,9 @@ class HardClassifier(nn.Module):
     Args:
         inputs: number of input values.
         classes: number of classes.
-        gradient: how the units are differentiated: a `StraightThrough`, None (left to `thalweg.backward`),
-            "expected" for the exact expectation over all codes, or "cut" for no gradient at all (a control).
+        gradient: how the units are differentiated: a `StraightThrough` or `Concrete`, None (left to
+            `thalweg.backward`), "expected" for the exact expectation over all codes, or "cut" for no gradient
+            at all (a control).
         width: hidden units of encoder and decoder.
         bits: number of binary units.
     """
@@ -62,7 +63,7 @@ class HardClassifier(nn.Module):
         self,
         inputs: int,
         classes: int,
-        gradient: StraightThrough | str | None,
+        gradient: StraightThrough | Concrete | str | None,
         width: int = 48,
         bits: int = 8,
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -9,8 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from thalweg.blackbox import SPSA, EvolutionStrategies, ForwardGradient
-from thalweg.comparison.classifiers import HardClassifier, SmoothClassifier
+from thalweg.comparison.digit_routes import all_routes
 from thalweg.comparison.measure import measure
 from thalweg.comparison.pareto import accuracy_against_cost
 from thalweg.comparison.rows import Comparison, Row
@@ -25,8 +25,7 @@ from thalweg.comparison.training import (
 from thalweg.data import Classification, digits, mnist
 from thalweg.errors import ArgumentError, require_integer
 from thalweg.lab import Claim, Lab
-from thalweg.step import Backprop, Step
-from thalweg.stochastic import ScoreFunction, StraightThrough
+from thalweg.step import Step
 from thalweg.table import scaled
 
 TITLE = "Handwritten digits by every route"
@@ -66,63 +65,6 @@ class Config:
         for name in self.routes:
             if name not in names:
                 raise ArgumentError("routes", name, "names among " + ", ".join(names))
-
-
-def all_routes() -> tuple[Route, ...]:
-    """Every route of this task, each beside the exact gradient of its own network."""
-    smooth: dict[str, Any] = {"network": "smooth", "reference": "backprop", "build": SmoothClassifier}
-    hard: dict[str, Any] = {"network": "hard units", "reference": "expected-loss"}
-
-    def last_layer(inputs: int, classes: int) -> SmoothClassifier:
-        return SmoothClassifier(inputs, classes, trained="last")
-
-    def units(gradient: StraightThrough | str | None) -> Any:
-        return lambda inputs, classes: HardClassifier(inputs, classes, gradient)
-
-    score = {"needs": "losses per example", "build": units(None), "unbiased": True}
-    slope = StraightThrough(slope="sigmoid")
-    return (
-        Route("backprop", needs="backward", rule=Backprop(), unbiased=True, **smooth),
-        Route("forward-gradient", needs="forward AD", rule=ForwardGradient(), unbiased=True, **smooth),
-        Route("spsa", needs="values", rule=SPSA(), unbiased=True, **smooth),
-        Route("spsa-gaussian", needs="values", rule=SPSA(directions="gaussian"), unbiased=True, **smooth),
-        Route(
-            "evolution-strategies",
-            needs="values",
-            rule=EvolutionStrategies(samples=4),
-            unbiased=True,
-            **smooth,
-        ),
-        Route(
-            "last-layer-only",
-            needs="backward",
-            rule=Backprop(),
-            control=True,
-            **smooth | {"build": last_layer},
-        ),
-        Route("noise", needs="-", rule=NoiseOfEqualNorm(), control=True, **smooth),
-        Route(
-            "expected-loss",
-            needs="backward, 2^bits codes",
-            rule=Backprop(),
-            build=units("expected"),
-            unbiased=True,
-            **hard,
-        ),
-        Route("straight-through", needs="backward", rule=Backprop(), build=units(StraightThrough()), **hard),
-        Route("straight-through-sigmoid", needs="backward", rule=Backprop(), build=units(slope), **hard),
-        Route("score-function", rule=ScoreFunction(baseline="none"), **score, **hard),
-        Route("score-function-mean", rule=ScoreFunction(baseline="mean"), **score, **hard),
-        Route("decoder-only", needs="backward", rule=Backprop(), build=units("cut"), control=True, **hard),
-        Route(
-            "noise-hard",
-            needs="-",
-            rule=NoiseOfEqualNorm(),
-            build=units("expected"),
-            control=True,
-            **hard,
-        ),
-    )
 
 
 def run(config: Config, lab: Lab) -> tuple[Comparison, list[Claim]]:
@@ -218,13 +160,17 @@ def _measure(route: Route, data: Classification, config: Config) -> dict[str, An
 
     def network_of(one: Route) -> Any:
         network = initial_network(one, data, config.seed, config.device)
-        network.load_state_dict(trained.state_dict())
+        # units differ in their buffers (how steep a slope is now), never in what is learned
+        with torch.no_grad():
+            for own, other in zip(network.parameters(), trained.parameters(), strict=True):
+                own.copy_(other)
         return network.train()
 
     twin, network = network_of(reference), network_of(route)
     exact = torch.autograd.grad(twin.losses(inputs, labels).mean(), twin.judged())
     step = Step(network, lambda: network.losses(inputs, labels), tuple(network.parameters()))
-    return measure(step, route.rule, exact, judged=network.judged(), standard_error=BIAS_STANDARD_ERROR)
+    rule = copy.deepcopy(route.rule)
+    return measure(step, rule, exact, judged=network.judged(), standard_error=BIAS_STANDARD_ERROR)
 
 
 def verdict(rows: tuple[Row, ...], routes: list[Route], data: str, config: Config) -> str:
@@ -235,7 +181,8 @@ def verdict(rows: tuple[Row, ...], routes: list[Route], data: str, config: Confi
     exact = by_name.get("backprop")
     if exact is not None:
         parts.append(f"backprop {_percent(exact)} keeping {scaled(exact.saved_bytes, 'B')}")
-    forward = [row for row in rows if row.needs in ("forward AD", "values")]
+    smooth = [row for row in rows if row.network == "smooth" and row.route in estimators]
+    forward = [row for row in smooth if "backward" not in (row.needs or "")]
     if forward:
         best = max(forward, key=lambda row: row.accuracy or 0.0)
         kept = scaled(best.saved_bytes, "B")

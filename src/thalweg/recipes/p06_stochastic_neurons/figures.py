@@ -9,42 +9,41 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by readers of every colour vision, and the markers differ too
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
-def error_against_work(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Test error of every gater against the share of the experts' multiply-adds that it needs at test."""
-    figure = Figure(figsize=(8.6, 4.8), layout="constrained")
-    panel = figure.subplots()
-    for index, row in enumerate(rows):
-        hollow = row["name"].startswith("control")
-        colour = COLOURS[index % len(COLOURS)]
-        panel.errorbar(
-            100 * row["work"],
+def error_and_work(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Test error of every gater, beside the share of the experts' multiply-adds that it needs at test."""
+    figure = Figure(figsize=(9.6, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
+    places = list(range(len(rows)))[::-1]
+    for place, row in zip(places, rows, strict=True):
+        control, dense = row["name"].startswith("control"), row["name"].startswith("dense")
+        colour = COLOURS[3] if control else COLOURS[6] if dense else COLOURS[0]
+        left.errorbar(
             row["error"],
-            yerr=row["spread"],
-            fmt=MARKERS[index % len(MARKERS)],
+            place,
+            xerr=row["spread"],
+            fmt="D" if control else "s" if dense else "o",
             color=colour,
-            markerfacecolor="none" if hollow else colour,
-            markersize=8,
+            markerfacecolor="none" if control else colour,
             capsize=3,
-            label=row["name"],
         )
-    panel.set_xscale("log")
-    ticks = [5, 10, 20, 50, 100]
-    panel.set_xticks(ticks, [f"{tick}" for tick in ticks])
-    panel.minorticks_off()
-    panel.set_xlabel("multiply-adds of the expert layer at test (% of all experts)")
-    panel.set_ylabel("test error (%)")
-    panel.set_ylim(bottom=0)
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(frameon=False, loc="outside right center")
+        right.barh(place, 100 * row["work"], color=colour, height=0.55, alpha=0.4 if control else 1)
+        right.text(100 * row["work"] + 2, place, f"{100 * row['work']:.0f} %", va="center", fontsize=8)
+    left.set_yticks(places, [row["name"] for row in rows])
+    left.set_xlim(left=0)
+    left.set_xlabel("test error (%), ± one standard deviation over seeds")
+    right.set_xlabel("multiply-adds of the expert layer\n(% of all experts)")
+    right.set_xlim(0, 115)
+    for panel in (left, right):
+        panel.grid(alpha=0.25, axis="x")
+        panel.spines[["top", "right"]].set_visible(False)
     return figure
 
 
 def learning_curves(curves: Mapping[str, Sequence[Mapping[str, float]]]) -> Figure:
-    """Held-out error and open gates by epoch, first seed."""
+    """Held-out error and open gates by epoch, mean over seeds."""
     figure = Figure(figsize=(10.5, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for index, (name, curve) in enumerate(curves.items()):

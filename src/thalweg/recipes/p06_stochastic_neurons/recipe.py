@@ -73,6 +73,15 @@ class Config:
 
 
 SOURCE = "Fig. 2, MNIST with 2000 experts, one run"
+DRAWN = (
+    "straight-through",
+    "stochastic times smooth",
+    "score function",
+    "noisy rectifier",
+    "dense sigmoid, equal work",
+    "control: frozen gater",
+)
+"""The gaters whose learning is drawn by epoch."""
 
 
 def run(config: Config, lab: Lab) -> list[Claim]:
@@ -89,15 +98,15 @@ def run(config: Config, lab: Lab) -> list[Claim]:
     skipped = [lab.cell("skip work", partial(_skip, config, lab, seed), seed=seed) for seed in lab.seeds]
     _tables(lab, rows, skipped)
     lab.figure(
-        "error_against_work",
-        figures.error_against_work(rows),
-        "Test error against the work of the expert layer: hard gates do a tenth of it. Bars: one standard "
-        "deviation over seeds.",
+        "error_and_work",
+        figures.error_and_work(rows),
+        "Test error beside the work of the expert layer: hard gates do a tenth of it. Squares: dense "
+        "networks; hollow marks: controls.",
     )
     lab.figure(
         "learning_curves",
-        figures.learning_curves({name: results[0]["curve"] for name, results in found.items()}),
-        "Held-out error and the fraction of open gates by epoch, first seed.",
+        figures.learning_curves({name: _mean_curve(found[name]) for name in DRAWN}),
+        "Held-out error and the fraction of open gates by epoch, mean over seeds.",
     )
     judged = [*_claims(rows, decisive=lab.preset != "smoke"), *_skipping_claims(skipped)]
     if config.atlas_gates:
@@ -159,6 +168,11 @@ def _skip(config: Config, lab: Lab, seed: int) -> dict[str, Any]:
     found = compare_backends(network.layer, data.test_inputs[:64], config.repeats)
     lab.log(timing=found["timing"])
     return found
+
+
+def _mean_curve(results: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    epochs = zip(*(each["curve"] for each in results), strict=True)
+    return [{name: statistics.fmean(row[name] for row in rows) for name in rows[0]} for rows in epochs]
 
 
 def _row(kind: Gater, results: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:

@@ -1,0 +1,77 @@
+"""The routes by which digits are learned: those of the smooth network, and those through hard units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from thalweg.blackbox import PGPE, SPSA, EvolutionStrategies, ForwardGradient, NodePerturbation
+from thalweg.comparison.classifiers import HardClassifier, SmoothClassifier
+from thalweg.comparison.training import NoiseOfEqualNorm, Route
+from thalweg.step import Backprop
+from thalweg.stochastic import REBAR, Concrete, DisARM, MinimumVariance, ScoreFunction, StraightThrough
+
+
+def all_routes() -> tuple[Route, ...]:
+    """Every route, each beside the exact gradient of its own network."""
+    return _smooth_routes() + _hard_routes()
+
+
+def _smooth_routes() -> tuple[Route, ...]:
+    """The routes of the smooth network; backprop is its exact gradient."""
+    smooth: dict[str, Any] = {"network": "smooth", "reference": "backprop", "build": SmoothClassifier}
+    values = smooth | {"needs": "values"}
+    # one probe for each example: losses of single examples tell them apart
+    nodes = smooth | {"needs": "losses per example"}
+
+    def last_layer(inputs: int, classes: int) -> SmoothClassifier:
+        return SmoothClassifier(inputs, classes, trained="last")
+
+    return (
+        Route("backprop", needs="backward", rule=Backprop(), unbiased=True, **smooth),
+        Route("forward-gradient", needs="forward AD", rule=ForwardGradient(), unbiased=True, **smooth),
+        Route("spsa", rule=SPSA(), unbiased=True, **values),
+        Route("spsa-gaussian", rule=SPSA(directions="gaussian"), unbiased=True, **values),
+        Route("evolution-strategies", rule=EvolutionStrategies(samples=4), unbiased=True, **values),
+        # ranks make it blind to how the loss is scaled, and biased
+        Route("pgpe", rule=PGPE(samples=2), **values),
+        Route("node-perturbation", rule=NodePerturbation(), unbiased=True, **nodes),
+        Route("activity-perturbation", rule=NodePerturbation(mode="activity"), **nodes),
+        Route(
+            "last-layer-only",
+            needs="backward",
+            rule=Backprop(),
+            control=True,
+            **smooth | {"build": last_layer},
+        ),
+        Route("noise", needs="-", rule=NoiseOfEqualNorm(), control=True, **smooth),
+    )
+
+
+def _hard_routes() -> tuple[Route, ...]:
+    """The routes through hard units; the expectation over all their codes is the exact gradient."""
+
+    def units(gradient: StraightThrough | Concrete | str | None) -> Callable[[int, int], HardClassifier]:
+        return lambda inputs, classes: HardClassifier(inputs, classes, gradient)
+
+    hard: dict[str, Any] = {"network": "hard units", "reference": "expected-loss"}
+    through: dict[str, Any] = hard | {"needs": "backward", "rule": Backprop()}
+    losses: dict[str, Any] = hard | {"needs": "losses per example", "build": units(None), "unbiased": True}
+    return (
+        Route("expected-loss", build=units("expected"), unbiased=True, **through | {"needs": "all codes"}),
+        Route("straight-through", build=units(StraightThrough()), **through),
+        Route("straight-through-sigmoid", build=units(StraightThrough(slope="sigmoid")), **through),
+        Route("straight-through-gumbel", build=units(Concrete(temperature=0.5, hard=True)), **through),
+        Route("score-function", rule=ScoreFunction(baseline="none"), **losses),
+        Route("score-function-mean", rule=ScoreFunction(baseline="mean"), **losses),
+        Route("score-function-minimum-variance", rule=ScoreFunction(baseline=MinimumVariance()), **losses),
+        Route(
+            "score-function-leave-one-out",
+            rule=ScoreFunction(baseline="leave_one_out", samples=2),
+            **losses,
+        ),
+        Route("disarm", rule=DisARM(), **losses),
+        Route("rebar", rule=REBAR(), **losses | {"needs": "relaxed losses"}),
+        Route("decoder-only", build=units("cut"), control=True, **through),
+        Route("noise-hard", build=units("expected"), control=True, **through | {"rule": NoiseOfEqualNorm()}),
+    )
