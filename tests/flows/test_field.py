@@ -10,8 +10,10 @@ from torch import nn
 
 from thalweg.errors import ArgumentError, ArgumentTypeError
 from thalweg.flows import (
+    DDIM,
     KINDS,
     Cosine,
+    EulerMaruyama,
     Field,
     Rescaled,
     Retimed,
@@ -19,7 +21,11 @@ from thalweg.flows import (
     SubVariancePreserving,
     VarianceExploding,
     VariancePreserving,
+    autoguidance,
+    classifier_free,
+    classifier_guidance,
     edm_preconditioned,
+    sample,
     shifted_clock,
 )
 from thalweg.noise import Key
@@ -277,3 +283,29 @@ def test_types_are_refused_by_name():
         Field(nn.Linear, Straight())
     with pytest.raises(ArgumentTypeError, match="x: "):
         Field(lambda x, t: x, Straight())(torch.ones(2, 1, dtype=torch.long), 0.5)
+
+
+def test_a_coupled_field_has_no_score_and_takes_no_fresh_noise():
+    """After reflow the velocity no longer yields the score: every way to it raises."""
+    coupled = Field(lambda x, t: -x, Straight(), "velocity", coupled=True)
+    x, times = torch.ones(2, 2), [0.9, 0.5]
+    ways = {
+        "predict": lambda: coupled.predict("score", x, 0.5),
+        "converted": lambda: coupled.converted("score"),
+        "noise": lambda: coupled.converted("noise").predict("score", x, 0.5),
+        "moved": lambda: coupled.on(Cosine()).predict("score", x, 0.5),
+        "guided": lambda: classifier_free(coupled, 2.0, null={}).predict("score", x, 0.5),
+        "weaker": lambda: autoguidance(coupled, coupled, 2.0).predict("score", x, 0.5),
+        "classifier": lambda: classifier_guidance(coupled, lambda x, t: -x.square().sum(1), 1.0),
+        "declared": lambda: Field(lambda x, t: x, Straight(), "score", coupled=True),
+        "ancestral": lambda: sample(coupled, x, times, solver=DDIM(eta=1.0)),
+        "diffusion": lambda: sample(coupled, x, times, solver=EulerMaruyama()),
+    }
+    for name, way in ways.items():
+        with pytest.raises(ArgumentError, match="score|noise|normal"):
+            way()
+            raise AssertionError(name)
+    free = Field(lambda x, t: -x, Straight(), "velocity")
+    for kind in ("data", "noise", "v", "velocity"):
+        torch.testing.assert_close(coupled.predict(kind, x, 0.5), free.predict(kind, x, 0.5))
+    torch.testing.assert_close(sample(coupled, x, times), sample(free, x, times))

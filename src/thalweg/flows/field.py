@@ -41,6 +41,9 @@ class Field:
         direction: "data_at_1" for a network trained with time from noise to data, such as most of rectified
             flow: it is then told 1 - t, and its velocity is negated. Never guessed.
         clock: what the network is told of the time, a function of it; for example `lambda t: 999 * t`.
+        coupled: whether the network was trained on noise that is not normal or not independent of the data,
+            as after reflow or between two sets of data. Then "noise" means what was mixed in; the score, and
+            samplers that add noise, are refused because no formula gives them.
 
     Raises:
         ArgumentError, ArgumentTypeError: a wrong argument.
@@ -60,6 +63,7 @@ class Field:
     predicts: Kind = "velocity"
     direction: Direction = "data_at_0"
     clock: Curve | None = None
+    coupled: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.network) or isinstance(self.network, type):
@@ -69,6 +73,9 @@ class Field:
         require_choice("direction", self.direction, ("data_at_0", "data_at_1"))
         if self.clock is not None and not callable(self.clock):
             raise ArgumentTypeError("clock", self.clock, "a function of time, or None")
+        if not isinstance(self.coupled, bool):
+            raise ArgumentTypeError("coupled", self.coupled, "a bool")
+        self._refuse_score("predicts", self.predicts)
 
     def __call__(self, x: Tensor, t: Tensor | float, **conditions: Any) -> Tensor:
         """What the network says at x, of the kind `predicts`.
@@ -101,6 +108,7 @@ class Field:
                 data. On other devices than the CPU such times give infinities instead, without a wait.
         """
         require_kind("kind", kind)
+        self._refuse_score("kind", kind)
         output = self(x, t, **conditions)
         if kind == self.predicts:
             return output
@@ -109,13 +117,14 @@ class Field:
     def converted(self, kind: Kind) -> Field:
         """The same field as one that predicts another kind."""
         require_kind("kind", kind)
+        self._refuse_score("kind", kind)
         if kind == self.predicts:
             return self
 
         def network(x: Tensor, t: Tensor, **conditions: Any) -> Tensor:
             return self.predict(kind, x, t, **conditions)
 
-        return Field(joined(network, self), self.path, kind)
+        return Field(joined(network, self), self.path, kind, coupled=self.coupled)
 
     def on(self, path: Path) -> Field:
         """The same field on another path: at equal signal-to-noise ratio the points differ by a factor alone.
@@ -156,11 +165,16 @@ class Field:
             )
             return _applied(require_regular(found, kind, kind, t), before, output)
 
-        return Field(joined(network, self), path, kind)
+        return Field(joined(network, self), path, kind, coupled=self.coupled)
 
     def with_network(self, network: Network) -> Field:
         """The field with another network in its place, as masked routes and averaged weights need it."""
         return replace(self, network=network)
+
+    def _refuse_score(self, argument: str, kind: Kind) -> None:
+        if self.coupled and kind == "score":
+            mend = "Only independent normal noise gives the score: take it from the flow before the reflow."
+            raise ArgumentError(argument, kind, "another prediction of a coupled field", mend)
 
     def _converted(self, kind: Kind, x: Tensor, t: Tensor | float, output: Tensor) -> Tensor:
         found = conversion(self.predicts, kind, self.path.coefficients(t))

@@ -81,7 +81,12 @@ def classifier_free(
         return field(x, t, **({**conditions, **nothing} if nothing else {}))
 
     return _guided(
-        field, Field(joined(without, field), field.path, field.predicts), weight, interval, rescale, parallel
+        field,
+        Field(joined(without, field), field.path, field.predicts, coupled=field.coupled),
+        weight,
+        interval,
+        rescale,
+        parallel,
     )
 
 
@@ -152,6 +157,9 @@ def classifier_guidance(
         tensor([[-3., -3.]])
     """
     _require_field("field", field)
+    if field.coupled:
+        mend = "What a classifier adds is a share of the score: guide the flow before the reflow."
+        raise ArgumentError("field", "a coupled field", "a field of independent normal noise", mend)
     if not callable(log_probability):
         raise ArgumentTypeError("log_probability", log_probability, "a function of x, t and the conditions")
     strength = _strength(weight, interval, resting=0.0)
@@ -209,7 +217,7 @@ def _guided(
             return away + share * (towards - away)
         return _in_data(field, x, t, towards, away, share, rescale, parallel)
 
-    return Field(joined(network, field, other), field.path, field.predicts)
+    return Field(joined(network, field, other), field.path, field.predicts, coupled=field.coupled)
 
 
 def _in_data(

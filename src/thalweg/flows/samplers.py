@@ -96,6 +96,9 @@ def sample(
     steps = _table(solver, field.path, field.predicts, checked_times(times))
     given = dict(conditions or {})
     noisy = any(step.noises for step in steps)
+    if noisy and field.coupled:
+        mend = "Fresh noise is not distributed as a coupled field's own: use a deterministic solver."
+        raise ArgumentError("solver", solver, "a solver that adds no noise", mend)
     if key is None and noisy:
         key = draw_key()
 
