@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
-import os
 import struct
-import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from thalweg.data.archive import data_folder, require_contents, tar_members
 from thalweg.data.classification import Classification
 from thalweg.errors import ArgumentError
 
@@ -48,8 +46,7 @@ def mnist(data_dir: str | Path | None = None, *, hashes: Mapping[str, str] = HAS
         ArgumentError: no folder given or found, no archive in it, a file that is not idx, or other contents
             than expected.
     """
-    folder = _folder(data_dir)
-    read = _reader(folder)
+    read = _reader(data_folder(data_dir, _MEND), hashes)
     arrays = {name: _checked(name, read(name), expected) for name, expected in hashes.items()}
 
     def part(name: str) -> tuple[Tensor, Tensor]:
@@ -88,25 +85,16 @@ def read_idx(content: bytes, name: str = "content") -> Tensor:
     return torch.frombuffer(bytearray(values), dtype=torch.uint8).reshape(shape)
 
 
-def _folder(data_dir: str | Path | None) -> Path:
-    if data_dir is None:
-        data_dir = os.environ.get("THALWEG_DATA") or None
-        if data_dir is None:
-            raise ArgumentError("data_dir", None, "a folder, because THALWEG_DATA is not set", _MEND)
-    folder = Path(data_dir).expanduser()
-    if not folder.is_dir():
-        raise ArgumentError("data_dir", str(data_dir), "a folder", _MEND)
-    return folder
-
-
-def _reader(folder: Path) -> Callable[[str], bytes]:
+def _reader(folder: Path, names: Iterable[str]) -> Callable[[str], bytes]:
     for unpacked in (folder / "package" / "data", folder / "data", folder):
         if (unpacked / "train-images-idx3-ubyte").is_file():
             return lambda name: _read_file(unpacked / name)
     archive = folder / ARCHIVE
     if not archive.is_file():
         raise ArgumentError("data_dir", str(folder), f"a folder with {ARCHIVE}", _MEND)
-    return lambda name: _read_member(archive, f"package/data/{name}")
+    members = [f"package/data/{name}" for name in names]
+    contents = tar_members(archive, members, _MEND)
+    return lambda name: contents[f"package/data/{name}"]
 
 
 def _read_file(path: Path) -> bytes:
@@ -115,22 +103,7 @@ def _read_file(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _read_member(archive: Path, member: str) -> bytes:
-    try:
-        with tarfile.open(archive) as tar:
-            stream = tar.extractfile(member)
-            if stream is not None:
-                return stream.read()
-    except (tarfile.TarError, KeyError, EOFError, OSError) as error:
-        raise ArgumentError(
-            "data_dir", f"{archive.name}: {error}", f"an archive with {member}", _MEND
-        ) from None
-    raise ArgumentError("data_dir", archive.name, f"an archive with {member}", _MEND)
-
-
 def _checked(name: str, content: bytes, expected: str) -> Tensor:
     array = read_idx(content, name)
-    found = hashlib.sha256(array.numpy().tobytes()).hexdigest()[: len(expected)]
-    if found != expected:
-        raise ArgumentError(name, f"contents of sha256 {found}", f"contents of sha256 {expected}", _MEND)
+    require_contents(name, array.numpy().tobytes(), expected, _MEND)
     return array
