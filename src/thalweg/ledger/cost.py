@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -104,7 +105,7 @@ def cost(
         (True, {'1': 256}, 1)
     """
     found = as_step(step)
-    rule = require_rule(gradient)
+    rule = lent_rule(gradient, found)
     require_integer("repeats", repeats, 0)
     key = require_key(key)
     with isolated(found.model, found.parameters):
@@ -169,6 +170,19 @@ def require_rule(gradient: Rule | None, argument: str = "gradient") -> Rule:
         mend = f"Make one: {gradient.__name__}()." if isinstance(gradient, type) else ""
         raise ArgumentTypeError(argument, gradient, "a rule such as thalweg.Backprop(), or None", mend)
     return gradient
+
+
+def lent_rule(gradient: Rule | None, step: Step) -> Rule:
+    """A rule to measure with: a copy, since a rule may learn; the step's own model stays the one it was.
+
+    A rule that cannot be copied (it holds a process group, say) is lent itself.
+    """
+    rule = require_rule(gradient)
+    own = (*step.model.modules(), *step.model.parameters(), *step.model.buffers(), *step.parameters)
+    try:
+        return copy.deepcopy(rule, {id(each): each for each in own})
+    except (TypeError, RuntimeError):
+        return rule
 
 
 def require_key(key: Key | None) -> Key:

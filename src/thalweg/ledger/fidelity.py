@@ -11,7 +11,7 @@ from torch import Tensor
 
 from thalweg.borrowed import isolated
 from thalweg.errors import ArgumentError, ArgumentTypeError, require_integer, require_positive
-from thalweg.ledger.cost import require_key, require_rule
+from thalweg.ledger.cost import lent_rule, require_key, require_rule
 from thalweg.ledger.draws import Moments, Source
 from thalweg.noise import Key
 from thalweg.parameters import require_finite_all
@@ -117,7 +117,7 @@ def fidelity(
         (1.0, 0.0, 2)
     """
     found = as_step(step)
-    rule = require_rule(gradient)
+    rule = lent_rule(gradient, found)
     key = require_key(key)
     require_positive("standard_error", standard_error)
     require_integer("limit", limit, 2)
@@ -144,7 +144,8 @@ def _exact(
     if isinstance(reference, Sequence):
         exact, pair = source.flat(tuple(reference)), None
     else:
-        twin = Source(source.step, require_rule(reference, "reference"), source.key)
+        require_rule(reference, "reference")
+        twin = Source(source.step, lent_rule(reference, source.step), source.key)
         exact, pair = twin.draw(0), None
         if twin.phased:
             mend = "A learner has no backprop of its own: pass the exact gradient, one tensor per parameter."

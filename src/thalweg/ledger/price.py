@@ -10,7 +10,7 @@ import torch
 
 from thalweg.borrowed import isolated
 from thalweg.errors import ArgumentError, ArgumentTypeError
-from thalweg.ledger.cost import count, require_key, require_rule
+from thalweg.ledger.cost import count, lent_rule, require_key, require_rule
 from thalweg.ledger.fake import FakeMode, building, explained, kept
 from thalweg.noise import Key
 from thalweg.step import Rule, Step, as_step
@@ -115,6 +115,7 @@ def price(
 
 
 def _price(step: Step, name: str, rule: Rule, key: Key, fake: FakeMode) -> Price:
+    rule = lent_rule(rule, step)
     # the caller's autocast remembers weights that it has cast: neither its casts nor ours are for the other
     torch.clear_autocast_cache()
     try:

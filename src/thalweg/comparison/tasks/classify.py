@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 from dataclasses import dataclass
 from functools import partial
@@ -169,8 +168,7 @@ def _measure(route: Route, data: Classification, config: Config) -> dict[str, An
     twin, network = network_of(reference), network_of(route)
     exact = torch.autograd.grad(twin.losses(inputs, labels).mean(), twin.judged())
     step = Step(network, lambda: network.losses(inputs, labels), tuple(network.parameters()))
-    rule = copy.deepcopy(route.rule)
-    return measure(step, rule, exact, judged=network.judged(), standard_error=BIAS_STANDARD_ERROR)
+    return measure(step, route.rule, exact, judged=network.judged(), standard_error=BIAS_STANDARD_ERROR)
 
 
 def verdict(rows: tuple[Row, ...], routes: list[Route], data: str, config: Config) -> str:
