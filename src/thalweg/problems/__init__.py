@@ -2,6 +2,7 @@
 
 from thalweg.problems.bernoulli import BernoulliNet
 from thalweg.problems.gaussian_mixture import GaussianMixture
+from thalweg.problems.mixture_pair import MixturePair
 from thalweg.problems.quadratic import Quadratic
 
-__all__ = ["BernoulliNet", "GaussianMixture", "Quadratic"]
+__all__ = ["BernoulliNet", "GaussianMixture", "MixturePair", "Quadratic"]
