@@ -1,13 +1,39 @@
 """Learning without a global backward: each block has a loss of its own, and no gradient leaves it."""
 
+from thalweg.local.noprop import NoProp
+from thalweg.local.noprop_blocks import BackpropNoProp, DenoisingBlock
+from thalweg.local.noprop_continuous import ContinuousNoProp
+from thalweg.local.noprop_flow import FlowNoProp
+from thalweg.local.noprop_labels import (
+    LabelEmbedding,
+    LatentReadout,
+    learned_labels,
+    one_hot_labels,
+    prototype_labels,
+)
+from thalweg.local.noprop_schedule import ContinuousSchedule, LearnedSchedule, NoiseLevels, cosine
 from thalweg.local.readout import LocalLoss, Readout, unit_length
 from thalweg.local.stack import BlockPhase, LocalPhase, LocalStack
 
 __all__ = [
+    "BackpropNoProp",
     "BlockPhase",
+    "ContinuousNoProp",
+    "ContinuousSchedule",
+    "DenoisingBlock",
+    "FlowNoProp",
+    "LabelEmbedding",
+    "LatentReadout",
+    "LearnedSchedule",
     "LocalLoss",
     "LocalPhase",
     "LocalStack",
+    "NoProp",
+    "NoiseLevels",
     "Readout",
+    "cosine",
+    "learned_labels",
+    "one_hot_labels",
+    "prototype_labels",
     "unit_length",
 ]
