@@ -6,6 +6,6 @@ of its graph, the Function is traced one level down, where autograd and functorc
 
 import torch
 
-from thalweg.gates.clip import gated
+from thalweg.gates.clip_function import gated
 
 torch.compiler.allow_in_graph(gated)
