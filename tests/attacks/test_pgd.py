@@ -23,6 +23,8 @@ def problem(dtype: torch.dtype = torch.float64) -> tuple[nn.Linear, Tensor, Tens
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=dtype))
+        # in the middle of the box no class is ahead
+        model.bias.copy_(-0.5 * model.weight.sum(1))
     inputs = torch.rand(40, 12, generator=generator, dtype=dtype)
     return model, inputs, torch.randint(4, (40,), generator=generator)
 
@@ -87,7 +89,8 @@ def test_attack_sanity_scaling_the_logits_changes_no_margin_attack_and_blinds_th
         other = attack(scaled, inputs, labels, radius=0.1, loss="margin")
         assert accuracy(model, other, labels) == accuracy(model, plain, labels)
     assert accuracy(model, fgsm(model, inputs, labels, radius=0.1), labels) < 0.7
-    assert accuracy(model, fgsm(scaled, inputs, labels, radius=0.1), labels) == 1.0
+    # but for an input whose margin is below 1e-2
+    assert accuracy(model, fgsm(scaled, inputs, labels, radius=0.1), labels) > 0.95
 
 
 @settings(max_examples=25, deadline=None)
