@@ -1,5 +1,7 @@
 """Learning without a global backward: each block has a loss of its own, and no gradient leaves it."""
 
+from thalweg.local.alignment import align
+from thalweg.local.feedback import DirectFeedbackAlignment, FeedbackAlignment, SignSymmetry
 from thalweg.local.noprop import NoProp
 from thalweg.local.noprop_blocks import BackpropNoProp, DenoisingBlock
 from thalweg.local.noprop_continuous import ContinuousNoProp
@@ -21,6 +23,8 @@ __all__ = [
     "ContinuousNoProp",
     "ContinuousSchedule",
     "DenoisingBlock",
+    "DirectFeedbackAlignment",
+    "FeedbackAlignment",
     "FlowNoProp",
     "LabelEmbedding",
     "LatentReadout",
@@ -31,6 +35,8 @@ __all__ = [
     "NoProp",
     "NoiseLevels",
     "Readout",
+    "SignSymmetry",
+    "align",
     "cosine",
     "learned_labels",
     "one_hot_labels",
