@@ -301,10 +301,9 @@ def test_a_coupled_field_has_no_score_and_takes_no_fresh_noise():
         "ancestral": lambda: sample(coupled, x, times, solver=DDIM(eta=1.0)),
         "diffusion": lambda: sample(coupled, x, times, solver=EulerMaruyama()),
     }
-    for name, way in ways.items():
-        with pytest.raises(ArgumentError, match="score|noise|normal"):
+    for way in ways.values():
+        with pytest.raises(ArgumentError, match="noise"):
             way()
-            raise AssertionError(name)
     free = Field(lambda x, t: -x, Straight(), "velocity")
     for kind in ("data", "noise", "v", "velocity"):
         torch.testing.assert_close(coupled.predict(kind, x, 0.5), free.predict(kind, x, 0.5))
