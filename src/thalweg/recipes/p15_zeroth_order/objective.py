@@ -71,7 +71,8 @@ def objectives() -> tuple[Objective, ...]:
 
 def zero_one(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """1 where the answer is wrong, shape (batch,)."""
-    return (model(x).argmax(dim=1) != y).to(x.dtype)
+    wrong: Tensor = model(x).argmax(dim=1) != y
+    return wrong.to(x.dtype)
 
 
 def optimise(objective: Objective, learning_rate: float, steps: int, seed: int) -> dict[str, Any]:
