@@ -91,6 +91,11 @@ def rectified_loss(
     return changed.square().reshape(len(data), -1).mean(1)
 
 
+def squared_distance(found: Tensor, wanted: Tensor) -> Tensor:
+    """The mean square over features, per example."""
+    return (found - wanted).square().reshape(len(found), -1).mean(1)
+
+
 def pseudo_huber(found: Tensor, wanted: Tensor, c: float | None = None) -> Tensor:
     """sqrt(|found - wanted|^2 + c^2) - c per example: a square near 0, a length far away.
 
