@@ -2,6 +2,8 @@
 
 from thalweg.local.alignment import align
 from thalweg.local.feedback import DirectFeedbackAlignment, FeedbackAlignment, SignSymmetry
+from thalweg.local.forward_forward import ForwardForward
+from thalweg.local.goodness import Goodness, hybrid_images
 from thalweg.local.noprop import NoProp
 from thalweg.local.noprop_blocks import BackpropNoProp, DenoisingBlock
 from thalweg.local.noprop_continuous import ContinuousNoProp
@@ -14,7 +16,7 @@ from thalweg.local.noprop_labels import (
     prototype_labels,
 )
 from thalweg.local.noprop_schedule import ContinuousSchedule, LearnedSchedule, NoiseLevels, cosine
-from thalweg.local.readout import LocalLoss, Readout, unit_length
+from thalweg.local.readout import LocalLoss, Readout, unit_length, unit_mean_square
 from thalweg.local.stack import BlockPhase, LocalPhase, LocalStack
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
     "FlowNoProp",
+    "ForwardForward",
+    "Goodness",
     "LabelEmbedding",
     "LatentReadout",
     "LearnedSchedule",
@@ -38,8 +42,10 @@ __all__ = [
     "SignSymmetry",
     "align",
     "cosine",
+    "hybrid_images",
     "learned_labels",
     "one_hot_labels",
     "prototype_labels",
     "unit_length",
+    "unit_mean_square",
 ]

@@ -74,3 +74,16 @@ def unit_length(x: Tensor) -> Tensor:
     length = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
     shortened: Tensor = x / (length + 1e-8)
     return shortened
+
+
+def unit_mean_square(x: Tensor) -> Tensor:
+    """Divide each example by the root of its mean square, plus 1e-8: the size does not depend on the width.
+
+    Example:
+        >>> unit_mean_square(torch.tensor([[3.0, -3.0], [0.0, 0.0]]))
+        tensor([[ 1., -1.],
+                [ 0.,  0.]])
+    """
+    numbers = max(x[0].numel(), 1) if len(x) else 1
+    scaled: Tensor = unit_length(x) * numbers**0.5
+    return scaled

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, require_choice, require_integer
-from thalweg.local.readout import LocalLoss, unit_length
+from thalweg.local.readout import LocalLoss, unit_length, unit_mean_square
 from thalweg.step import backward
 
-Normalize = Literal["length"] | Callable[[Tensor], Tensor] | None
+Normalize = Literal["length", "rms"] | Callable[[Tensor], Tensor] | None
+
+_NORMALIZERS: dict[str, Callable[[Tensor], Tensor]] = {"length": unit_length, "rms": unit_mean_square}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,8 +52,8 @@ class LocalStack(nn.Module):
         blocks: modules, each called with the (normalised, detached) output of the one before. One without
             parameters to learn only passes on.
         local: a `LocalLoss` for all blocks, or one per block; one with parameters is never shared.
-        normalize: what is done to the input of every block: "length" (see `unit_length`), a function of a
-            tensor, or None.
+        normalize: what is done to the input of every block: "length" (see `unit_length`), "rms" (see
+            `unit_mean_square`), a function of a tensor, or None.
 
     Raises:
         ArgumentError, ArgumentTypeError: a wrong argument, or a parameter that two blocks share.
@@ -86,13 +88,13 @@ class LocalStack(nn.Module):
             {f"blocks[{i}] and its loss": (block, loss) for i, (block, loss) in enumerate(zip(found, losses))}
         )
         if isinstance(normalize, str):
-            require_choice("normalize", normalize, ("length",))
+            require_choice("normalize", normalize, tuple(_NORMALIZERS))
         elif normalize is not None and not callable(normalize):
-            raise ArgumentTypeError("normalize", normalize, "'length', a function of a tensor, or None")
+            raise ArgumentTypeError("normalize", normalize, "'length', 'rms', a function, or None")
         self.blocks = nn.ModuleList(found)
         self.local = nn.ModuleList(losses)
         self.normalize: Callable[[Tensor], Tensor] | None = (
-            unit_length if isinstance(normalize, str) else normalize
+            _NORMALIZERS[normalize] if isinstance(normalize, str) else normalize
         )
 
     def split(self, batch: Any) -> tuple[Any, Any]:
