@@ -1,0 +1,1 @@
+"""Paper 07: equilibrium propagation, between energy-based models and backpropagation."""
