@@ -26,18 +26,17 @@ class GraphLayer(nn.Module):
         super().__init__()
         self.conv = conv
         self.activation = activation
-        self.parts = two_parts(conv) if cached else None
+        # in a tuple: a convolution that is its own two parts must not be registered twice
+        self._parts = (two_parts(conv) if cached else None,)
         self._aggregated = Remembered()
 
     def forward(self, x: Tensor, edges: Tensor) -> Tensor:
         """The activated convolution, (nodes, width)."""
-        if self.parts is None:
-            return self.activation(self.conv(x, edges))
-        return self.activation(self.parts.combine(self.parts.aggregate(x, edges)))
+        return self.activation(self.conv(x, edges))
 
     def of(self, state: Tensor, normalized: Callable[[Tensor], Tensor], edges: Tensor) -> Tensor:
         """The layer on `normalized(state)`; the same state and edges as last time cost no aggregate."""
-        parts = self.parts
+        (parts,) = self._parts
         if parts is None:
             return self.activation(self.conv(normalized(state), edges))
         kept = self._aggregated.of((state, edges), lambda: parts.aggregate(normalized(state), edges))
