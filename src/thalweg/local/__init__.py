@@ -4,6 +4,21 @@ from thalweg.local.alignment import align
 from thalweg.local.feedback import DirectFeedbackAlignment, FeedbackAlignment, SignSymmetry
 from thalweg.local.forward_forward import ForwardForward
 from thalweg.local.goodness import Goodness, hybrid_images
+from thalweg.local.graph import GraphStack
+from thalweg.local.graph_backprop import BackpropGraph
+from thalweg.local.graph_convolution import (
+    GCN,
+    SAGE,
+    TwoPart,
+    convolutions,
+    gcn_adjacency,
+    mean_adjacency,
+    two_parts,
+)
+from thalweg.local.graph_forward_forward import LabelGoodness
+from thalweg.local.graph_tasks import LabelledGraph, LinkBatch, LinkTask, VirtualNodes
+from thalweg.local.graph_top_down import TopToInput, TopToLoss
+from thalweg.local.graph_training import Fitted, area_under_curve, fit_layers, fit_together, node_accuracy
 from thalweg.local.noprop import NoProp
 from thalweg.local.noprop_blocks import BackpropNoProp, DenoisingBlock
 from thalweg.local.noprop_continuous import ContinuousNoProp
@@ -16,10 +31,12 @@ from thalweg.local.noprop_labels import (
     prototype_labels,
 )
 from thalweg.local.noprop_schedule import ContinuousSchedule, LearnedSchedule, NoiseLevels, cosine
+from thalweg.local.predictive_coding import PredictiveCoding
 from thalweg.local.readout import LocalLoss, Readout, unit_length, unit_mean_square
 from thalweg.local.stack import BlockPhase, LocalPhase, LocalStack
 
 __all__ = [
+    "BackpropGraph",
     "BackpropNoProp",
     "BlockPhase",
     "ContinuousNoProp",
@@ -27,25 +44,46 @@ __all__ = [
     "DenoisingBlock",
     "DirectFeedbackAlignment",
     "FeedbackAlignment",
+    "Fitted",
     "FlowNoProp",
     "ForwardForward",
+    "GCN",
     "Goodness",
+    "GraphStack",
     "LabelEmbedding",
+    "LabelGoodness",
+    "LabelledGraph",
     "LatentReadout",
     "LearnedSchedule",
+    "LinkBatch",
+    "LinkTask",
     "LocalLoss",
     "LocalPhase",
     "LocalStack",
     "NoProp",
     "NoiseLevels",
+    "PredictiveCoding",
     "Readout",
+    "SAGE",
     "SignSymmetry",
+    "TopToInput",
+    "TopToLoss",
+    "TwoPart",
+    "VirtualNodes",
     "align",
+    "area_under_curve",
+    "convolutions",
     "cosine",
+    "fit_layers",
+    "fit_together",
+    "gcn_adjacency",
     "hybrid_images",
     "learned_labels",
+    "mean_adjacency",
+    "node_accuracy",
     "one_hot_labels",
     "prototype_labels",
+    "two_parts",
     "unit_length",
     "unit_mean_square",
 ]
