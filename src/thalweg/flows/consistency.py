@@ -137,6 +137,8 @@ def consistency_loss(
         >>> net.weight.grad.shape
         torch.Size([2, 2])
     """
+    if not isinstance(model, ConsistencyModel):
+        raise ArgumentTypeError("model", model, "a ConsistencyModel")
     grid = require_grid(times, data, model.last)
     if target is not None and not isinstance(target, ConsistencyModel):
         raise ArgumentTypeError("target", target, "a ConsistencyModel")

@@ -170,7 +170,8 @@ def frozen_jump(
             raise UnsupportedError(
                 "a second derivative through a frozen jump: compare with in_data=False, which has none"
             )
-        (pulled,) = torch.autograd.grad(landed, leaf, cotangent)
+        # kept for the caller who keeps its own graph; it goes when that goes
+        (pulled,) = torch.autograd.grad(landed, leaf, cotangent, retain_graph=True)
         return pulled
 
     handle = x.view_as(x)
