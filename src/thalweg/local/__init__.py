@@ -19,6 +19,7 @@ from thalweg.local.graph_forward_forward import LabelGoodness
 from thalweg.local.graph_tasks import LabelledGraph, LinkBatch, LinkTask, VirtualNodes
 from thalweg.local.graph_top_down import TopToInput, TopToLoss
 from thalweg.local.graph_training import Fitted, area_under_curve, fit_layers, fit_together, node_accuracy
+from thalweg.local.layer_parallel import LayerParallel
 from thalweg.local.noprop import NoProp
 from thalweg.local.noprop_blocks import BackpropNoProp, DenoisingBlock
 from thalweg.local.noprop_continuous import ContinuousNoProp
@@ -54,6 +55,7 @@ __all__ = [
     "LabelGoodness",
     "LabelledGraph",
     "LatentReadout",
+    "LayerParallel",
     "LearnedSchedule",
     "LinkBatch",
     "LinkTask",
