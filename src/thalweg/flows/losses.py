@@ -10,7 +10,7 @@ from torch import Tensor
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, require_floating
 from thalweg.flows.field import Field
-from thalweg.flows.path import clock_times, over
+from thalweg.flows.path import Coefficients, clock_times, over
 from thalweg.flows.prediction import Kind
 from thalweg.flows.time_laws import TimeLaw, UniformTime, require_law
 from thalweg.flows.weights import Weight, data_error_share, data_weight
@@ -82,9 +82,9 @@ def matching_loss(
     """
     if not isinstance(field, Field):
         raise ArgumentTypeError("field", field, "a thalweg.flows.Field")
-    batch = noised_batch(field, data, law=law, t=t, noise=noise, stratified=stratified, key=key)
+    batch, path = _noised(field, data, law, t, noise, stratified, key)
     output = field(batch.x, batch.t, **dict(conditions or {}))
-    error = (output - target(field, field.predicts, batch)).square()
+    error = (output - _target(path, field.predicts, batch)).square()
     losses = error.flatten(1).mean(1) if error.ndim > 1 else error
     if weight is None:
         return losses
@@ -112,6 +112,19 @@ def noised_batch(
         >>> noised_batch(field, torch.zeros(4, 3), key=Key(1)).x.shape
         torch.Size([4, 3])
     """
+    return _noised(field, data, law, t, noise, stratified, key)[0]
+
+
+def _noised(
+    field: Field,
+    data: Tensor,
+    law: TimeLaw | None,
+    t: Tensor | None,
+    noise: Tensor | None,
+    stratified: bool,
+    key: Key | None,
+) -> tuple[Noised, Coefficients]:
+    """The batch, and the path at its times, which the target needs again."""
     if require_floating("data", data).ndim == 0 or len(data) == 0:
         raise ArgumentError("data", data, "a batch of data, shape (batch, ...)")
     if t is not None and law is not None:
@@ -138,17 +151,23 @@ def noised_batch(
         times = clock_times(t)
     if noise is None:
         noise = normal(data, fresh_key(data) if key is None else key.at(call=2 * key.call + 1))
-    return Noised(field.path.noised(data, noise, times), times, data, noise)
+    path = field.path.coefficients(times)
+    x = over(path.alpha, data) * data + over(path.sigma, data) * noise
+    return Noised(x, times, data, noise), path
 
 
 def target(field: Field, kind: Kind, batch: Noised) -> Tensor:
     """What a prediction of `kind` is regressed on: the data, the noise, or what they make together."""
-    alpha, sigma, alpha_rate, sigma_rate = (over(c, batch.data) for c in field.path.coefficients(batch.t))
+    return _target(field.path.coefficients(batch.t), kind, batch)
+
+
+def _target(path: Coefficients, kind: Kind, batch: Noised) -> Tensor:
     with torch.no_grad():
         if kind == "data":
             return batch.data
         if kind == "noise":
             return batch.noise
+        alpha, sigma, alpha_rate, sigma_rate = (over(c, batch.data) for c in path)
         if kind == "score":
             return -batch.noise / sigma
         if kind == "velocity":

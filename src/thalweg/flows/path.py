@@ -105,8 +105,10 @@ def clock_times(t: Tensor | float) -> Tensor:
     if isinstance(t, bool) or not isinstance(t, Tensor | float | int):
         raise ArgumentTypeError("t", t, "a number in [0, 1], or a tensor of them")
     times = t.to(torch.float64) if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
-    if readable(times) and not bool(((times >= 0) & (times <= 1)).all()):
-        raise ArgumentError("t", t, "times in [0, 1]: 0 is data, 1 is noise")
+    if readable(times) and times.numel():
+        low, high = times.detach().aminmax()
+        if not (low >= 0 and high <= 1):
+            raise ArgumentError("t", t, "times in [0, 1]: 0 is data, 1 is noise")
     return times
 
 
