@@ -1,6 +1,8 @@
 """Learning without a global backward: each block has a loss of its own, and no gradient leaves it."""
 
 from thalweg.local.alignment import align
+from thalweg.local.bidirectional import Adversarial, Bidirectional, Reconstruct, uniform_prior
+from thalweg.local.bidirectional_net import BidirectionalNet, bidirectional_mlp
 from thalweg.local.feedback import DirectFeedbackAlignment, FeedbackAlignment, SignSymmetry
 from thalweg.local.forward_forward import ForwardForward
 from thalweg.local.goodness import Goodness, hybrid_images
@@ -37,8 +39,11 @@ from thalweg.local.readout import LocalLoss, Readout, unit_length, unit_mean_squ
 from thalweg.local.stack import BlockPhase, LocalPhase, LocalStack
 
 __all__ = [
+    "Adversarial",
     "BackpropGraph",
     "BackpropNoProp",
+    "Bidirectional",
+    "BidirectionalNet",
     "BlockPhase",
     "ContinuousNoProp",
     "ContinuousSchedule",
@@ -66,6 +71,7 @@ __all__ = [
     "NoiseLevels",
     "PredictiveCoding",
     "Readout",
+    "Reconstruct",
     "SAGE",
     "SignSymmetry",
     "TopToInput",
@@ -74,6 +80,7 @@ __all__ = [
     "VirtualNodes",
     "align",
     "area_under_curve",
+    "bidirectional_mlp",
     "convolutions",
     "cosine",
     "fit_layers",
@@ -86,6 +93,7 @@ __all__ = [
     "one_hot_labels",
     "prototype_labels",
     "two_parts",
+    "uniform_prior",
     "unit_length",
     "unit_mean_square",
 ]
