@@ -88,7 +88,7 @@ def test_a_wrong_gradient_would_fail_the_identities(toy: dict[str, Any]) -> None
 
 def _digit_rows(centered: float, through_time: float) -> list[dict[str, Any]]:
     accuracies = {CENTERED: centered, THROUGH_TIME: through_time}
-    result = {"loss": [0.1], "operations": 1, "kept": 1, "epochs": 1, "steps": 1}
+    result = {"calm_accuracy": 0.0, "loss": [0.1], "operations": 1, "kept": 1, "epochs": 1, "steps": 1}
     return [
         digits_row(kind, [{**result, "accuracy": accuracies.get(kind.name, 90.0) + d} for d in (-1, 0, 1)])
         for kind in routes()

@@ -15,6 +15,7 @@ from thalweg.recipes.p07_equilibrium_propagation.exact import (
     OUTSIDE_POINTS,
     POINTS,
     STRENGTHS,
+    TRUNCATED_STRENGTH,
     UNFOLDED_STEPS,
 )
 from thalweg.recipes.p07_equilibrium_propagation.mnist_panel import MNIST_ROUTES
@@ -42,8 +43,9 @@ def bias(toy: Mapping[str, Any]) -> Figure:
             label=f"{points} points, slope {toy['orders'][points]:.2f}",
         )  # fmt: skip
     left.set_xscale("log")
+    # room for the legend
+    left.set_ylim(bottom=0.02 * min(error for errors in toy["bias"].values() for error in errors))
     left.set_xlabel("strength of the nudge")
-    left.set_ylabel("relative error of the gradient")
     left.set_title("how hard", fontsize=11)
     middle.plot(POINTS, toy["inside"], color=COLOURS[0], marker="o", label=f"strength {CIRCLES[0]}")
     middle.plot(
@@ -59,13 +61,18 @@ def bias(toy: Mapping[str, Any]) -> Figure:
     )  # fmt: skip
     right.plot(
         steps, toy["truncation"]["nudged"], color=COLOURS[0], linestyle="none", marker="o", markersize=4,
-        label="k nudged steps",
+        label=f"k nudged steps, strength {TRUNCATED_STRENGTH:g}",
+    )  # fmt: skip
+    right.axhline(
+        toy["truncation"]["nudged"][-1], color=COLOURS[0], linewidth=0.8, linestyle=":",
+        label="what the nudge itself errs",
     )  # fmt: skip
     right.set_xticks(range(2, UNFOLDED_STEPS + 1, 2))
     right.set_xlabel("k, steps from the rest state")
     right.set_title("for how long", fontsize=11)
     for panel in (left, middle, right):
         panel.set_yscale("log")
+        panel.set_ylabel("relative error of the gradient")
         panel.legend(frameon=False, fontsize=8)
         _plain(panel)
     return figure
@@ -102,7 +109,8 @@ def digits(rows: Sequence[Mapping[str, Any]]) -> Figure:
         right.barh(place, row["kept"] / 1e3, color=colour, height=0.55)
     left.set_yticks(places, [row["name"] for row in rows])
     left.set_xlim(shown if lowest < shown else None, 100 if shown else None)
-    left.set_xlabel("test accuracy (%)\nlarge: mean over seeds, dots: seeds")
+    below = f", arrows: mean below {shown:.0f} %" if lowest < shown else ""
+    left.set_xlabel(f"test accuracy (%)\nlarge: mean over seeds, dots: seeds{below}")
     middle.set_xlabel("operations of the\nwhole training (G)")
     right.set_xlabel("kept for backward\nof one step (kB)")
     right.set_xscale("log")
@@ -126,6 +134,7 @@ def gradients(watched: Sequence[Mapping[str, Sequence[Sequence[float]]]]) -> Fig
     for panel, title in zip(panels, ("first link, 64 to hidden", "output link")):
         panel.set_title(title, fontsize=11)
         panel.set_xlabel("epoch")
+        panel.xaxis.get_major_locator().set_params(integer=True)
         panel.set_ylim(-0.05, 1.05)
         _plain(panel)
     panels[0].set_ylabel("cosine with the implicit gradient")

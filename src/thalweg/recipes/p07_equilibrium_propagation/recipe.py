@@ -65,6 +65,7 @@ class Config:
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
+            "relax_steps": 50,
             "digits_hidden": 16,
             "digits_epochs": 1,
             "digits_batch": 350,

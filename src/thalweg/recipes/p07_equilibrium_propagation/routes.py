@@ -30,8 +30,8 @@ CLIPPED_FREE, CLIPPED_NUDGED, CLIPPED_STRENGTH = 20, 4, 0.5
 """The same of the original paper's clipped units."""
 
 TWIN_RATE = 1e-2
-"""The best for the feed-forward twin, of 3e-4, 1e-3, 3e-3, 1e-2 and 3e-2 on held-out digits, at equal steps and
-at equal operations; the others have the rate that the comparison of nudging and backpropagation names."""
+"""The best for the feed-forward twin, of 3e-4, 1e-3, 3e-3, 1e-2 and 3e-2 on held-out digits, at equal steps
+and at equal operations; the others share one rate, so that they differ in their gradients alone."""
 
 Rule = Nudged | Backprop | Implicit | OneStep
 Closure = Callable[[Tensor, Any], Any]
