@@ -80,6 +80,7 @@ class LabelEmbedding(nn.Module):
         return (points.flatten(1)[:, None] - flat).square().sum(2)
 
     def extra_repr(self) -> str:
+        """What `print` shows."""
         return f"classes={self.classes}, shape={self.shape}, learned={self.learned}"
 
 
