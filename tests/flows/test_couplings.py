@@ -99,6 +99,18 @@ def test_rows_are_drawn_evenly_and_the_ends_independently():
     assert bool(((counts - expected).abs() < 5 * (expected * 15 / 16) ** 0.5).all())
 
 
+def test_conditions_stay_with_the_data_whatever_happens_to_the_source():
+    data = torch.arange(10.0)[:, None]
+    coupling = Independent(data, conditions={"label": data[:, 0] * 3})
+    for one in (coupling, MinibatchTransport(coupling)):
+        pair = one.draw(30, Key(0))
+        assert torch.equal(pair.conditions["label"], pair.data[:, 0] * 3)
+    with pytest.raises(ArgumentError, match="None where data are drawn"):
+        Independent(lambda n, key: data, conditions={"label": data})
+    with pytest.raises(ArgumentError, match="10 rows"):
+        Independent(data, conditions={"label": data[:3]})
+
+
 def test_draws_come_from_the_key():
     coupling = Independent(torch.randn(50, 2))
     assert isinstance(coupling, Coupling)

@@ -25,9 +25,10 @@ from thalweg.flows import (
     sample,
     sample_map,
 )
+from thalweg.ledger import price
 from thalweg.noise import Key
 from thalweg.rollouts import Checkpointed, Truncated
-from thalweg.step import Backprop
+from thalweg.step import Backprop, Step
 
 PATHS = {
     "straight": Straight(),
@@ -277,6 +278,55 @@ def test_a_jump_compiles():
         x = states(Straight())
         compiled = torch.compile(jump, backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(x, S, T), jump(x, S, T))
+
+
+@pytest.mark.parametrize("name", ["mean_flow", "trajectory", "consistency"])
+def test_jumps_are_mapped_and_differentiated_both_ways(name):
+    net = Net(1 if name == "consistency" else 2)
+    make = {"mean_flow": MeanFlow, "trajectory": ConsistencyTrajectory, "consistency": ConsistencyModel}[name]
+    model = make(net, Cosine())
+    x = torch.randn(4, 2, dtype=torch.float64)
+
+    def jump(x):
+        return model(x, 0.8, 0.0)
+
+    mapped = torch.func.vmap(lambda row: jump(row[None])[0])(x)
+    torch.testing.assert_close(mapped, jump(x))
+    forward = torch.func.jvp(jump, (x,), (torch.ones_like(x),))[1]
+    backward = torch.func.vjp(jump, x)[1](forward)[0]
+    torch.testing.assert_close((backward * torch.ones_like(x)).sum(), forward.square().sum())
+    assert torch.autograd.gradcheck(jump, (x.clone().requires_grad_(),))
+
+
+def test_losses_and_jumps_are_priced_without_being_run():
+    from thalweg.flows import (
+        consistency_loss,
+        distillation_loss,
+        mean_flow_loss,
+        progressive_distillation_loss,
+        rectified_loss,
+        trajectory_loss,
+    )
+
+    one, two = Net(1), Net(2)
+    data, noise = torch.randn(2, 8, 2, dtype=torch.float64)
+    path = Straight()
+    field, times = Field(one, path, "data"), torch.linspace(0.9, 0.1, 5)
+    velocity = Field(one, path)
+    jumps, flows = ConsistencyTrajectory(two, path), MeanFlow(two, path)
+    ends = ConsistencyModel(one, path, 0.1)
+    steps = {
+        "rectified": (one, lambda: rectified_loss(velocity, data, noise)),
+        "distillation": (one, lambda: distillation_loss(velocity, data, noise, steps=4)),
+        "consistency": (one, lambda: consistency_loss(ends, data, times, teacher=field)),
+        "trajectory": (two, lambda: trajectory_loss(jumps, field, data, times)),
+        "mean_flow": (two, lambda: mean_flow_loss(flows, data)),
+        "progressive": (one, lambda: progressive_distillation_loss(field, field, data, times)),
+        "jumps": (two, lambda: sample_map(flows, noise, [1.0, 0.5, 0.0], gamma=0.5, key=Key(0)).sum(1)),
+    }
+    for name, (net, loss) in steps.items():
+        step = Step(net, lambda loss=loss: loss().mean(), list(net.parameters()))
+        assert price(step)[0].saved_bytes > 0, name
 
 
 X = torch.zeros(3, 2)

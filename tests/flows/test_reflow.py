@@ -147,6 +147,19 @@ def test_reflow_trains_copies_and_leaves_the_teacher_alone():
         found[0].predict("score", torch.zeros(1, 2), 0.5)
 
 
+def test_reflow_on_streamed_pairs_sees_new_ones_at_every_draw():
+    seen = []
+
+    def fit(current, pairs):
+        assert isinstance(pairs, Reflowed)
+        seen.extend(pairs.draw(4, Key(0, step)).source for step in range(2))
+        return fitted(current, pairs, steps=2)
+
+    found = reflow(Field(Net(), Straight()), source, fit, TIMES[::8], solver=Heun())
+    assert found[0].coupled
+    assert not torch.equal(seen[0], seen[1])
+
+
 def test_one_reflow_makes_a_trained_flow_straight_and_one_step_good():
     """From the exact first flow: S and the one-step distance fall, the cost does not rise, the law stays."""
     start = source(4000, Key(1))

@@ -127,7 +127,7 @@ def trajectory_loss(
     given = dict(conditions or {})
     x = model.path.noised(data, noise, s)
     agreed = model if target is None else target
-    last = float(grid[-1])
+    last = grid[-1]
     with torch.no_grad():
         wanted = agreed(flow_step(teacher, x, s, u, solver, **given), u, t, **given)
         if in_data:

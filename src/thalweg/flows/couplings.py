@@ -53,6 +53,8 @@ class Independent:
     Args:
         data: a tensor (n, ...) whose rows are drawn with replacement, or a function `draw(count, key)`.
         source: likewise; None for standard normal noise. Only then does the trained flow give a score.
+        conditions: what the network is told of each row of the data, tensors of n rows by name; for data that
+            are a tensor.
 
     Example:
         >>> pair = Independent(torch.arange(6.0).reshape(3, 2)).draw(4, Key(0))
@@ -62,19 +64,30 @@ class Independent:
 
     data: Tensor | Draw
     source: Tensor | Draw | None = None
+    conditions: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         _require_end("data", self.data)
         if self.source is not None:
             _require_end("source", self.source)
+        if self.conditions is not None:
+            if not isinstance(self.data, Tensor):
+                raise ArgumentError("conditions", sorted(self.conditions), "None where data are drawn")
+            _require_conditions(self.conditions, len(self.data))
 
     def draw(self, count: int, key: Key) -> Pair:
         """See `Coupling`."""
         require_draw(count, key)
-        data = _drawn(self.data, count, key.at(call=2 * key.call))
-        second = key.at(call=2 * key.call + 1)
+        first, second = key.at(call=2 * key.call), key.at(call=2 * key.call + 1)
+        given: dict[str, Tensor] = {}
+        if isinstance(self.data, Tensor):
+            rows = _rows(len(self.data), count, first, self.data.device)
+            data = self.data[rows]
+            given = {name: value[rows] for name, value in (self.conditions or {}).items()}
+        else:
+            data = self.data(count, first)
         source = normal(data, second) if self.source is None else _drawn(self.source, count, second)
-        return Pair(*require_pair(data, source))
+        return Pair(*require_pair(data, source), given)
 
 
 class Paired(Dataset[tuple[Any, ...]]):
@@ -103,9 +116,7 @@ class Paired(Dataset[tuple[Any, ...]]):
     def __init__(self, data: Tensor, source: Tensor, conditions: Mapping[str, Tensor] | None = None) -> None:
         self.data, self.source = require_pair(data, source)
         self.conditions = dict(conditions or {})
-        for name, value in self.conditions.items():
-            if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != len(data):
-                raise ArgumentError(f"conditions[{name!r}]", value, f"a tensor of {len(data)} rows")
+        _require_conditions(self.conditions, len(data))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -247,6 +258,12 @@ def _require_end(argument: str, value: object) -> None:
     require_floating(argument, value)
     if value.ndim == 0 or len(value) == 0:
         raise ArgumentError(argument, value, "a tensor (n, ...) with at least one row")
+
+
+def _require_conditions(conditions: Mapping[str, Tensor], count: int) -> None:
+    for name, value in conditions.items():
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != count:
+            raise ArgumentError(f"conditions[{name!r}]", value, f"a tensor of {count} rows")
 
 
 def _drawn(end: Tensor | Draw, count: int, key: Key) -> Tensor:
