@@ -88,7 +88,7 @@ def test_a_wrong_gradient_would_fail_the_identities(toy: dict[str, Any]) -> None
 
 def _digit_rows(centered: float, through_time: float) -> list[dict[str, Any]]:
     accuracies = {CENTERED: centered, THROUGH_TIME: through_time}
-    result = {"calm_accuracy": 0.0, "loss": [0.1], "operations": 1, "kept": 1, "epochs": 1, "steps": 1}
+    result = {"last_accuracy": 0.0, "loss": [0.1], "operations": 1, "kept": 1, "epochs": 1, "steps": 1}
     return [
         digits_row(kind, [{**result, "accuracy": accuracies.get(kind.name, 90.0) + d} for d in (-1, 0, 1)])
         for kind in routes()
@@ -199,6 +199,17 @@ def test_mnist_rows_learn(route: Any, few: Classification) -> None:
     # twenty-four random features are few
     assert found["train_error"][-1] < (85 if route.frozen else 50)
     assert found["at"][-1] == 6
+
+
+@pytest.mark.parametrize("route", images_panel.IMAGE_ROUTES)
+def test_image_routes_take_large_images(route: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, y = torch.rand(25, 3, 32, 32, generator=draw), torch.randint(10, (25,), generator=draw)
+    data = Classification(x, y, x[:5], y[:5], 10, "noise")
+    options: dict[str, Any] = {"width": 2, "free": 4, "epochs": 2, "batch": 10, "seed": 1}
+    found = images_panel.train_images(route, data, **options, device=torch.device("cpu"), tick=lambda: None)
+    assert len(found["test_error"]) == 2
+    assert all(0 <= error <= 100 for error in found["test_error"])
 
 
 def test_the_data_of_the_papers_panel_follow_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

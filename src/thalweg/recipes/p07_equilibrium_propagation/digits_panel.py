@@ -63,9 +63,9 @@ def train(
         watch: called after each epoch.
 
     Returns:
-        `accuracy` on the test images in per cent after the last epoch, and `calm_accuracy` after the epoch of
-        least training loss, which a late jump of the loss does not touch; `loss` by epoch; `operations` and
-        `kept` (bytes for backward) of one step; the number of `epochs` and `steps`.
+        `accuracy` on the test images in per cent, of the weights after the epoch of least training loss, and
+        `last_accuracy` after the last epoch, where the loss may just have jumped; `loss` by epoch;
+        `operations` and `kept` (bytes for backward) of one step; the number of `epochs` and `steps`.
     """
     data = spoiled(data, route.spoiled, seed)
     training = _made(route, data, hidden, seed)
@@ -94,8 +94,8 @@ def train(
     last = _accuracy(training, data)
     training.model.load_state_dict(kept_weights)
     return {
-        "accuracy": last,
-        "calm_accuracy": _accuracy(training, data),
+        "accuracy": _accuracy(training, data),
+        "last_accuracy": last,
         "loss": losses,
         "operations": operations,
         "kept": kept,
