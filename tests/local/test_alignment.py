@@ -9,9 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from thalweg.comparison import compare
 from thalweg.errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from thalweg.ledger import cost
-from thalweg.local import DirectFeedbackAlignment, FeedbackAlignment, SignSymmetry, align
+from thalweg.local import (
+    DirectFeedbackAlignment,
+    FeedbackAlignment,
+    PredictiveCoding,
+    SignSymmetry,
+    align,
+)
 from thalweg.noise import Key
 from thalweg.step import Step, backward
 
@@ -262,6 +269,34 @@ def test_second_derivative_is_that_of_the_stand_in() -> None:
         (first,) = torch.autograd.grad(function(x).pow(3).sum(), x, create_graph=True)
         found.append(torch.autograd.grad(first.square().sum(), [x, layer.weight]))
     assert all(torch.allclose(a, b) for a, b in zip(*found))
+
+
+def test_joins_a_comparison_with_backpropagation() -> None:
+    """Rules and learners over the same parameters, each held against the exact gradient of the same step."""
+    net = dense()
+    parts = [net[0:2], net[2:4], net[4]]
+    parameters = tuple(net.parameters())
+    x, y = batch()
+
+    def squared(out: Tensor, target: Tensor) -> Tensor:
+        return (out - target).square().sum(1)
+
+    def step(module: nn.Module) -> Step:
+        return Step(module, lambda: squared(module(x), y).mean(), parameters)
+
+    exact = PredictiveCoding(parts, squared, steps=2, rate=1.0, prediction="fixed")
+    table = compare(
+        {
+            "random": step(align(net, gradient=FeedbackAlignment())),
+            "sign": step(align(net, gradient=SignSymmetry())),
+            "settled": Step(exact, lambda: exact.phases((x, y)), parameters),
+        },
+        step(net),
+        seconds=0.1,
+    )
+    cosines = {row.route: row.cosine for row in table.rows}
+    assert cosines["settled"] == pytest.approx(1.0)
+    assert 0 < cosines["random"] < cosines["sign"] < 1  # type: ignore[operator]
 
 
 def test_bad_input_is_refused() -> None:

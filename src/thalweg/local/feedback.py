@@ -25,6 +25,16 @@ class FeedbackAlignment:
     Paper:
         Lillicrap and others: Random synaptic feedback weights support error backpropagation for deep
         learning. Nature Communications 2016.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: a field out of range.
+
+    Example:
+        >>> import torch
+        >>> from thalweg.local import align
+        >>> layer = align(torch.nn.Linear(4, 3), gradient=FeedbackAlignment(Key(7)))
+        >>> layer.feedback.shape
+        torch.Size([3, 4])
     """
 
     key: Key = _FIRST
@@ -49,6 +59,17 @@ class DirectFeedbackAlignment:
     Paper:
         Nøkland: Direct Feedback Alignment Provides Learning in Deep Neural Networks. NeurIPS 2016,
         arXiv 1609.01596.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: a field out of range.
+
+    Example:
+        >>> import torch
+        >>> from thalweg.local import align
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+        >>> align(net, gradient=DirectFeedbackAlignment())(torch.ones(2, 4)).sum().backward()
+        >>> net[0].weight.grad.shape
+        torch.Size([8, 4])
     """
 
     key: Key = _FIRST
@@ -73,6 +94,19 @@ class SignSymmetry:
     Paper:
         Liao, Leibo, Poggio: How Important is Weight Symmetry in Backpropagation? AAAI 2016,
         arXiv 1510.05067; at scale: Xiao and others. ICLR 2019, arXiv 1811.03567.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: a field out of range.
+
+    Example:
+        >>> import torch
+        >>> from thalweg.local import align
+        >>> x = torch.ones(1, 2, requires_grad=True)
+        >>> layer = torch.nn.Linear(2, 1)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[0.5, -1.5]]))
+        >>> align(layer, gradient=SignSymmetry())(x).backward()
+        >>> x.grad
+        tensor([[ 1., -1.]])
     """
 
     magnitude: Literal["mean", "one", "random"] = "mean"

@@ -159,8 +159,8 @@ def _sinusoids(time: Tensor) -> Tensor:
     scales = torch.exp(
         torch.linspace(0, math.log(1e4), _TIMES // 2, dtype=time.dtype, device=time.device).neg()
     )
-    # times in [0, 1] are stretched over the range for which such features were made
-    angles = 1000 * time[:, None] * scales
+    # at most 10 radians from start to end: features that turn faster were noise to small networks
+    angles = 10 * time[:, None] * scales
     return torch.cat([angles.sin(), angles.cos()], 1)
 
 

@@ -29,6 +29,11 @@ class LocalPhase:
         name: of the block.
         parameters: what the phase moves.
         loss: computes the loss, a scalar or one value per example; it depends on no other block.
+
+    Example:
+        >>> weight = torch.ones(2, requires_grad=True)
+        >>> LocalPhase("alone", (weight,), lambda: weight.square().sum()).backward(), weight.grad
+        (tensor(2.), tensor([2., 2.]))
     """
 
     name: str
