@@ -276,6 +276,7 @@ ROWS = torch.zeros(3, 2)
         (lambda: reflow_pairs(FIELD, ROWS, simulate=lambda f, x: x, solver=Euler()), "solver"),
         (lambda: reflow(FIELD, ROWS, lambda f, p: f, [1.0, 0.0], rounds=0), "rounds"),
         (lambda: reflow(FIELD, source, lambda f, p: f, [1.0, 0.0], conditions={"a": ROWS}), "conditions"),
+        (lambda: reflow_pairs(FIELD, ROWS, [1.0, 0.0], conditions={"a": ROWS[:1]}), "conditions['a']"),
         (lambda: distillation_loss(FIELD, ROWS, ROWS, steps=0), "steps"),
         (lambda: distillation_loss(FIELD, ROWS, ROWS[:1]), "source"),
         (lambda: nearest_pairs_field(Paired(ROWS, ROWS), neighbors=0), "neighbors"),
@@ -284,7 +285,7 @@ ROWS = torch.zeros(3, 2)
     ],
     ids=[
         "none", "half", "rising", "noisy", "batch", "empty", "simulate", "both", "rounds", "conditions",
-        "steps", "rows", "neighbors", "bandwidth", "features",
+        "few", "steps", "rows", "neighbors", "bandwidth", "features",
     ],
 )  # fmt: skip
 def test_bad_calls_are_refused(make, argument):
@@ -314,3 +315,5 @@ def test_types_are_refused_by_name():
         reflow_pairs(FIELD, ROWS, simulate=3)
     with pytest.raises(NonFiniteError):
         reflow_pairs(Field(lambda x, t: x / 0, Straight()), ROWS + 1, [1.0, 0.0])
+    with pytest.raises(NonFiniteError):
+        reflow_pairs(FIELD, ROWS, simulate=lambda field, x: x + torch.nan)

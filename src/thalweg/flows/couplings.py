@@ -73,7 +73,7 @@ class Independent:
         if self.conditions is not None:
             if not isinstance(self.data, Tensor):
                 raise ArgumentError("conditions", sorted(self.conditions), "None where data are drawn")
-            _require_conditions(self.conditions, len(self.data))
+            require_conditions(self.conditions, len(self.data))
 
     def draw(self, count: int, key: Key) -> Pair:
         """See `Coupling`."""
@@ -116,7 +116,7 @@ class Paired(Dataset[tuple[Any, ...]]):
     def __init__(self, data: Tensor, source: Tensor, conditions: Mapping[str, Tensor] | None = None) -> None:
         self.data, self.source = require_pair(data, source)
         self.conditions = dict(conditions or {})
-        _require_conditions(self.conditions, len(data))
+        require_conditions(self.conditions, len(data))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -237,6 +237,13 @@ def require_pair(data: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
     return data, source
 
 
+def require_conditions(conditions: Mapping[str, Tensor], count: int) -> None:
+    """Raise unless each condition is a tensor of `count` rows."""
+    for name, value in conditions.items():
+        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != count:
+            raise ArgumentError(f"conditions[{name!r}]", value, f"a tensor of {count} rows")
+
+
 def require_coupling(argument: str, value: object) -> None:
     """Raise `ArgumentTypeError` unless `value` is a coupling."""
     if isinstance(value, type) or not isinstance(value, Coupling):
@@ -258,12 +265,6 @@ def _require_end(argument: str, value: object) -> None:
     require_floating(argument, value)
     if value.ndim == 0 or len(value) == 0:
         raise ArgumentError(argument, value, "a tensor (n, ...) with at least one row")
-
-
-def _require_conditions(conditions: Mapping[str, Tensor], count: int) -> None:
-    for name, value in conditions.items():
-        if not isinstance(value, Tensor) or value.ndim == 0 or len(value) != count:
-            raise ArgumentError(f"conditions[{name!r}]", value, f"a tensor of {count} rows")
 
 
 def _drawn(end: Tensor | Draw, count: int, key: Key) -> Tensor:

@@ -58,7 +58,8 @@ class RectificationReport:
         straightness: 0 for straight paths.
         crossing: the error on the training pairs: at least what no velocity can remove.
         balance: the drop of the squared cost less straightness and crossing; 0 for an exact velocity on the
-            straight path, but for sampling and the solver.
+            straight path, but for the solver and sampling.
+        balance_error: the standard error of `balance` from the pairs drawn.
         marginals: the energy distance of the flow's law from that of the lines, by time.
         floor: the energy distance of two halves of the training data: what two samples of one law have.
         few_steps: one entry per number of steps.
@@ -71,6 +72,7 @@ class RectificationReport:
     straightness: float
     crossing: float
     balance: float
+    balance_error: float
     marginals: Mapping[float, float]
     floor: float
     few_steps: tuple[StepError, ...]
@@ -84,7 +86,7 @@ class RectificationReport:
             ["excess over the optimum", "", short(self.excess)],
             ["straightness S", "", short(self.straightness)],
             ["crossing V", short(self.crossing), ""],
-            ["cost drop - (S + V)", "", short(self.balance)],
+            ["cost drop - (S + V)", "", f"{short(self.balance)} +- {short(self.balance_error, 2)}"],
             ["law floor", short(self.floor), ""],
             *[[f"law at t = {t:g}", "", short(found)] for t, found in self.marginals.items()],
         ]
@@ -140,17 +142,20 @@ def rectification_report(
     path = follow(field, source, times, solver=solver, conditions=given)
     before = {name: float(transport_cost(data, source, name).mean()) for name in COSTS}
     after = {name: float(transport_cost(path.data, source, name).mean()) for name in COSTS}
-    straight = float(path.straightness().mean())
-    crossed = float(crossing(field, data, source, times, conditions=given).mean())
+    straight = path.straightness()
+    crossed = crossing(field, data, source, times, conditions=given)
+    drop = transport_cost(data, source) - transport_cost(path.data, source)
+    balance = drop - straight - crossed
     few = slice(0, _LARGEST_ASSIGNMENT)
     return RectificationReport(
         pairs=count,
         costs_before=before,
         costs_after=after,
         excess=float(excess_transport_cost(path.data[few], source[few])),
-        straightness=straight,
-        crossing=crossed,
-        balance=before["square"] - after["square"] - straight - crossed,
+        straightness=float(straight.mean()),
+        crossing=float(crossed.mean()),
+        balance=float(balance.mean()),
+        balance_error=float(balance.std()) / count**0.5,
         marginals=_marginals(field, path, data),
         floor=float(energy_distance(data[: count // 2], data[count // 2 :])),
         few_steps=tuple(_few(field, path, data, number, given) for number in steps),

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from thalweg.errors import ArgumentError, ArgumentTypeError, require_floating, require_integer
-from thalweg.flows.couplings import Draw, Pair, Paired, require_draw
+from thalweg.errors import ArgumentError, ArgumentTypeError, require_finite, require_floating, require_integer
+from thalweg.flows.couplings import Draw, Pair, Paired, require_conditions, require_draw
 from thalweg.flows.field import Field, JoinedNetwork
 from thalweg.flows.linear_steps import Solver
 from thalweg.flows.rectified import require_velocity
@@ -110,7 +110,7 @@ def reflow_pairs(
     given = dict(conditions or {})
     if given and simulate is not None:
         raise ArgumentError("conditions", sorted(given), "none where simulate= is given")
-    Paired(source, source, given)
+    require_conditions(given, len(source))
     source = source.detach()
     ends = []
     with torch.no_grad():
@@ -237,6 +237,7 @@ def _simulated(
             module.training = True
     if not isinstance(data, Tensor) or data.shape != source.shape:
         raise ArgumentError("simulate", data, f"the points at t = 0, shape {tuple(source.shape)}")
+    require_finite("the simulated data", data)
     return data.detach().to(source.dtype)
 
 
