@@ -1,6 +1,6 @@
 """Local learning against backpropagation at equal architecture: step time, kept bytes, and two processes.
 
-    python benchmarks/local.py [--width 128] [--batch 128] [--repeats 9] [--out FILE]
+    python benchmarks/local.py [--width 256] [--batch 128] [--repeats 9] [--out FILE]
 
 Dense networks of depth 2 to 32. Each local learner has a twin with the same blocks trained by one loss and
 backpropagation; both take a full step of Adam, in turn, and the ratios (local over twin) come last. A step
@@ -9,7 +9,8 @@ must not grow with depth (the script fails if they do), except for predictive co
 part of its state, and for aligned networks, which keep what backpropagation keeps.
 
 Then NoProp with its blocks on one process and on two: wall time per step of all blocks, and processor time
-of the busiest process, which other programs on the machine disturb less.
+of the busiest process, which other programs on the machine disturb less; steps above are in processor
+time too.
 """
 
 from __future__ import annotations
@@ -132,14 +133,14 @@ def trainer(module: Any, batch: tuple[Tensor, Tensor]) -> Callable[[], None]:
 
 
 def milliseconds(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median time of each, in turn, after one round to warm up."""
+    """Median processor time of each, in turn, after one round to warm up; one thread, so that is its time."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for round_ in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if round_:
-                times[name].append(1000 * (time.perf_counter() - start))
+                times[name].append(1000 * (time.process_time() - start))
     return {name: statistics.median(values) for name, values in times.items()}
 
 
@@ -230,7 +231,7 @@ def parallel_row(width: int, batch_size: int, repeats: int, depth: int = 11) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks/local.json"))
@@ -263,7 +264,7 @@ def main() -> None:
         for row in sorted(rows, key=lambda row: row["learner"])
     ]
     print(columns_of(headings, lines), end="\n\n")
-    wide = partial(parallel_row, 4 * options.width, options.batch)
+    wide = partial(parallel_row, 2 * options.width, options.batch)
     row = wide(max(1, options.repeats // 3))
     headings = [
         "NoProp blocks",

@@ -110,3 +110,15 @@ def test_bad_input_is_refused() -> None:
     flow = FlowNoProp(DenoisingBlock(labels, 4, width=6, timed=True), labels)
     with pytest.raises(ArgumentTypeError, match="NoProp"):
         LayerParallel(flow)  # type: ignore[arg-type]
+
+
+def test_more_processes_than_blocks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    for world, fits in ((DEPTH + 1, True), (DEPTH + 2, False)):
+        monkeypatch.setattr(dist, "get_world_size", lambda group, world=world: world)
+        if fits:
+            assert LayerParallel(network()).places == (0,)
+        else:
+            with pytest.raises(ArgumentError, match="ranks"):
+                LayerParallel(network())
