@@ -219,7 +219,7 @@ def test_the_loss_and_its_gradient_compile():
         return mean_flow_loss(model, data, noise=noise, s=s, t=t).mean()
 
     plain = torch.autograd.grad(loss(data, noise, S, T), list(net.parameters()))
-    compiled = torch.compile(loss, backend="aot_eager")
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
     value = compiled(data, noise, S, T)
     torch.testing.assert_close(value, loss(data, noise, S, T))
     for a, b in zip(torch.autograd.grad(value, list(net.parameters())), plain):

@@ -76,7 +76,8 @@ def trajectory_loss(
     """How much a jump disagrees with a teacher's step followed by a jump of the target, to the same time.
 
     With every `end` at the last time it is consistency distillation. Add the field's own loss to it,
-    `matching_loss(model.field(), data)`, which keeps short jumps right.
+    `matching_loss(model.field(), data)`, which keeps short jumps right. In data space it is differentiable
+    once, and `torch.compile` breaks its graph at the outer jump.
 
     Args:
         model: what is trained.

@@ -76,7 +76,8 @@ def mean_flow_loss(
     Where it vanishes, h is the mean velocity. The derivative is one forward-mode product, with tangents
     velocity, 1 and 0 for x, s and t, made in the same call as h; the target is detached, so that backward is
     that of a plain regression. Networks of custom autograd functions need their forward-mode rule;
-    attention runs by the math kernel, because the fused ones have none. Supports `torch.compile`.
+    attention runs by the math kernel, because the fused ones have none. Supports `torch.compile` without a
+    graph break.
 
     Args:
         model: what is trained.
