@@ -125,17 +125,15 @@ def require_finite(what: str, value: Tensor) -> None:
 
     One device synchronisation: call it at the boundary of a process, not in every operation.
     """
-    if (
-        isinstance(value, FakeTensor)
-        or value.is_meta
-        or not (value.is_floating_point() or value.is_complex())
-    ):
+    if not (value.is_floating_point() or value.is_complex()) or without_data(value):
         return
     detached = value.detach()
-    if isinstance(detached, FakeTensor):
-        # a real tensor inside a fake mode: what is computed from it has no data either
-        return
     # the sum is one cheap pass, and finite only if every term is; it may overflow, so the terms decide
     if not bool(torch.isfinite(detached.sum())) and not bool(torch.isfinite(detached).all()):
         bad = int((~torch.isfinite(detached)).sum())
         raise NonFiniteError(f"{what}: {bad} of {value.numel()} values are nan or infinite")
+
+
+def without_data(value: Tensor) -> bool:
+    """Whether what is computed from a tensor has no data: a fake or meta tensor, or any in a fake mode."""
+    return isinstance(value, FakeTensor) or value.is_meta or isinstance(value.detach(), FakeTensor)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from thalweg.attacks import robustness
 from thalweg.data import mnist_5k
 from thalweg.errors import ArgumentError, ArgumentTypeError
+from thalweg.ledger import cost, price
 from thalweg.local import Adversarial, Bidirectional, BidirectionalNet, Reconstruct, bidirectional_mlp
 from thalweg.noise import Key
 from thalweg.step import Learner, Phase
@@ -276,6 +277,15 @@ def test_a_convolutional_net_generates_images_and_learns() -> None:
     after = [float(phase.loss().detach().mean()) for phase in learner.phases((inputs, labels))]
     assert all(b < a for a, b in zip(before, after))
     assert learner.predict(inputs).shape == (6, 3)
+
+
+@pytest.mark.parametrize("kind", ["reconstruct", "adversarial"])
+def test_price_and_cost_agree(kind: str) -> None:
+    chosen = Reconstruct() if kind == "reconstruct" else Adversarial(discriminator())
+    learner, data = Bidirectional(mlp(), backward=chosen), batch()
+    step = (learner, lambda: learner.phases(data), list(learner.parameters()))
+    (priced,) = price(step)
+    assert priced.saved_bytes == cost(step, repeats=1).saved_bytes > 0
 
 
 def test_norms_of_the_generator_answer_those_of_the_classifier() -> None:

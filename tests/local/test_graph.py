@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.errors import ArgumentError, ArgumentTypeError
+from thalweg.ledger import cost, price
 from thalweg.local import (
     BackpropGraph,
     GraphStack,
@@ -405,6 +406,40 @@ def test_convolutions_of_pytorch_geometric_and_any_callable_module_fit() -> None
         before = run(found, graph, 1)
         after = run(found, graph, 20)[-2:]
         assert sum(after) < sum(before)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "backprop"])
+def test_price_reads_nothing_from_fake_tensors_and_bounds_the_cost(kind: str) -> None:
+    found, batch = (
+        learner(kind, **({} if "input" in kind or kind == "backprop" else {"cached": False})),
+        batch_for(kind),
+    )
+    step = (found, lambda: found.phases(batch), list(found.parameters()))
+    (priced,) = price(step)
+    costed = cost(step, repeats=1).saved_bytes
+    # a price is that of the first step, in which nothing is remembered yet
+    assert 0 < costed <= priced.saved_bytes <= 2 * costed
+
+
+def test_bytes_kept_do_not_grow_with_depth_beside_backpropagation() -> None:
+    graph = made()
+    shallow, deep = (
+        [
+            cost((each, lambda each=each: each.phases(graph), list(each.parameters())), repeats=1).saved_bytes
+            for each in (learner("virtual nodes", layers=depth), learner("backprop", layers=depth))
+        ]
+        for depth in (2, 16)
+    )
+    assert deep[0] <= 1.1 * shallow[0]
+    assert deep[1] > 4 * shallow[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_predictions_keep_the_data_type(dtype: torch.dtype) -> None:
+    graph = made()
+    like = LabelledGraph(graph.features.to(dtype), graph.edges, graph.labels, graph.known)
+    for kind in ("virtual nodes", "appended labels", "top to input", "top to loss"):
+        assert learner(kind).to(dtype).predict(like).dtype == dtype
 
 
 def test_area_under_curve_counts_pairs_in_order() -> None:

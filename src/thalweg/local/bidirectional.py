@@ -8,19 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
-from thalweg.errors import ArgumentError, ArgumentTypeError, require_integer
+from thalweg.errors import ArgumentError, ArgumentTypeError, require_integer, without_data
 from thalweg.local.bidirectional_net import BidirectionalNet
 from thalweg.local.stack import LocalPhase
-from thalweg.noise import Key, uniform
-from thalweg.step import draw_key
+from thalweg.noise import Key, fresh_key, uniform
 
-Prior = Callable[[Tensor, Key], Tensor]
+Prior = Callable[[Tensor, Key | Tensor], Tensor]
 
 
-def uniform_prior(like: Tensor, key: Key) -> Tensor:
+def uniform_prior(like: Tensor, key: Key | Tensor) -> Tensor:
     """The published prior: uniform on [-1, 1), in the shape of `like`."""
     return 2 * uniform(like, key) - 1
 
@@ -39,7 +37,8 @@ class Adversarial:
 
     Args:
         discriminator: returns one logit per input, (batch,) or (batch, 1); it shares nothing with the net.
-        prior: makes the vectors from a tensor of their shape, (batch, classes), and a key.
+        prior: makes the vectors from a tensor of their shape, (batch, classes), and a key of
+            `thalweg.noise`.
 
     Raises:
         ArgumentTypeError: a discriminator or a prior that is none.
@@ -127,9 +126,11 @@ class Bidirectional(nn.Module):
         inputs, labels = self._require(batch)
         backward = self.stop_backward_after is None or self._batches < self.stop_backward_after
         self._batches += 1
-        if backward and isinstance(self.backward, Adversarial) and key is None:
-            key = draw_key()
-        return self._phases(inputs, labels, backward, key)
+        keys: list[Key | Tensor] = []
+        if backward and isinstance(self.backward, Adversarial):
+            # the generator deceives with other vectors than those told apart
+            keys = [fresh_key(inputs) if key is None else key.at(call=key.call + each) for each in (1, 2)]
+        return self._phases(inputs, labels, backward, keys)
 
     def predict(self, inputs: Tensor) -> Tensor:
         """Logits, (batch, classes), in the mode the modules are in."""
@@ -145,7 +146,7 @@ class Bidirectional(nn.Module):
         self._batches = int(state)
 
     def _phases(
-        self, inputs: Tensor, labels: Tensor, backward: bool, key: Key | None
+        self, inputs: Tensor, labels: Tensor, backward: bool, keys: list[Key | Tensor]
     ) -> Iterator[LocalPhase]:
         net = self.net
         yield LocalPhase(
@@ -159,26 +160,24 @@ class Bidirectional(nn.Module):
         if isinstance(self.backward, Reconstruct):
             yield LocalPhase("backward", parameters, lambda: self._reconstruction(inputs, labels))
             return
-        assert key is not None
         judge = _trained(self.backward.discriminator.parameters())
-        for_judge, for_net = key.at(call=key.call + 1), key.at(call=key.call + 2)
-        yield LocalPhase("discriminator", judge, lambda: self._told_apart(inputs, for_judge))
-        yield LocalPhase("backward", parameters, lambda: self._deceived(inputs, for_net))
+        yield LocalPhase("discriminator", judge, lambda: self._told_apart(inputs, keys[0]))
+        yield LocalPhase("backward", parameters, lambda: self._deceived(inputs, keys[1]))
 
     def _reconstruction(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        onehot = F.one_hot(labels, self.net.classes).to(inputs.dtype)
+        onehot = torch.eye(self.net.classes, dtype=inputs.dtype, device=inputs.device)[labels]
         logits = self.net.generate_logits(onehot)
         return F.binary_cross_entropy_with_logits(logits, inputs, reduction="none").flatten(1).mean(1)
 
-    def _told_apart(self, inputs: Tensor, key: Key) -> Tensor:
+    def _told_apart(self, inputs: Tensor, key: Key | Tensor) -> Tensor:
         with torch.no_grad():
             made = self.net.generate(self._vectors(inputs, key))
         return F.softplus(-self._judged(inputs)) + F.softplus(self._judged(made))
 
-    def _deceived(self, inputs: Tensor, key: Key) -> Tensor:
+    def _deceived(self, inputs: Tensor, key: Key | Tensor) -> Tensor:
         return F.softplus(-self._judged(self.net.generate(self._vectors(inputs, key))))
 
-    def _vectors(self, inputs: Tensor, key: Key) -> Tensor:
+    def _vectors(self, inputs: Tensor, key: Key | Tensor) -> Tensor:
         assert isinstance(self.backward, Adversarial)
         like = inputs.new_empty(len(inputs), self.net.classes)
         vectors = self.backward.prior(like, key)
@@ -203,7 +202,7 @@ class Bidirectional(nn.Module):
             raise ArgumentTypeError("inputs", inputs, "a floating-point tensor")
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64 or labels.shape != inputs.shape[:1]:
             raise ArgumentTypeError("labels", labels, f"an int64 tensor of shape ({len(inputs)},)")
-        if not isinstance(inputs, FakeTensor) and bool(((inputs < 0) | (inputs > 1)).any()):
+        if not without_data(inputs) and bool(((inputs < 0) | (inputs > 1)).any()):
             mend = "The generator ends in a sigmoid: scale inputs to [0, 1]."
             raise ArgumentError("inputs", inputs, "values in [0, 1]", mend)
         return inputs, labels

@@ -89,7 +89,7 @@ class BackpropGraph(nn.Module):
     def _losses(self, batch: LabelledGraph | LinkBatch) -> Tensor:
         outputs = self.outputs(batch)
         if isinstance(batch, LabelledGraph):
-            return F.cross_entropy(outputs[batch.known], batch.labels[batch.known], reduction="none")
+            return F.cross_entropy(outputs[batch.learned], batch.learned_labels(), reduction="none")
         logits = _products(outputs, batch)
         return F.binary_cross_entropy_with_logits(logits, batch.present.to(logits.dtype), reduction="none")
 

@@ -104,7 +104,7 @@ class LabelGoodness(nn.Module):
     def forward(self, output: Tensor, graph: LabelledGraph) -> Tensor:
         """Of each known node the loss of its right label plus the mean over its wrong ones."""
         goodness = output.square().sum(1).view(self.negatives + 1, -1)
-        goodness = goodness[:, : len(graph.labels)][:, graph.known] - self.threshold
+        goodness = goodness[:, graph.learned] - self.threshold
         return F.softplus(-goodness[0]) + F.softplus(goodness[1:]).mean(0)
 
     def scores(self, output: Tensor, graph: LabelledGraph) -> Tensor:
@@ -114,22 +114,21 @@ class LabelGoodness(nn.Module):
 
     def _right_and_wrong(self, graph: LabelledGraph) -> Entered:
         require_classes(graph, self.classes)
-        right = graph.labels[graph.known]
+        right = graph.learned_labels()
         generator = torch.Generator().manual_seed(self.seed)
         # a random order of the wrong classes of each node: the right one is moved by 1 to classes - 1
         order = torch.rand(len(right), self.classes - 1, generator=generator).argsort(1).to(right.device)
         wrong = (right[:, None] + 1 + order[:, : self.negatives]) % self.classes
         everything = [right, *wrong.T]
-        return self._side_by_side(graph, [(graph.known, classes) for classes in everything])
+        return self._side_by_side(graph, [(graph.learned, classes) for classes in everything])
 
     def _candidates(self, graph: LabelledGraph) -> Entered:
         require_classes(graph, self.classes)
-        wanted = graph.wanted()
-        labelled = graph.known | wanted
+        labelled = torch.cat([graph.learned, graph.wanted])
         labels = []
         for candidate in range(self.classes):
-            every = torch.where(wanted, torch.full_like(graph.labels, candidate), graph.labels)
-            labels.append((labelled, every[labelled]))
+            every = torch.cat([graph.learned_labels(), torch.full_like(graph.wanted, candidate)])
+            labels.append((labelled, every))
         return self._side_by_side(graph, labels)
 
     def _side_by_side(self, graph: LabelledGraph, labels: list[tuple[Tensor, Tensor]]) -> Entered:
@@ -141,9 +140,9 @@ class LabelGoodness(nn.Module):
     def _labelled(self, graph: LabelledGraph, nodes: Tensor, classes: Tensor) -> Entered:
         """One graph in which these nodes have these labels."""
         if self.labels == "virtual":
-            edges = joined_to_virtual(graph.edges, nodes, classes, self.bidirectional)
+            edges = joined_to_virtual(graph.edges, nodes, len(graph.labels) + classes, self.bidirectional)
             return with_virtual(graph.features, self.virtual), edges
-        label = graph.features.new_full((len(nodes), self.classes), 1 / self.classes)
-        onehot = F.one_hot(classes, self.classes).to(label.dtype)
-        label = label.index_put((nodes.nonzero(as_tuple=True)[0],), onehot)
+        label = graph.features.new_full((len(graph.labels), self.classes), 1 / self.classes)
+        certain = torch.eye(self.classes, dtype=label.dtype, device=label.device)
+        label = label.index_put((nodes,), certain[classes])
         return torch.cat([graph.features, label], 1), graph.edges

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional as F
 
 from thalweg.errors import (
@@ -17,6 +16,7 @@ from thalweg.errors import (
     require_floating,
     require_integer,
     require_positive,
+    without_data,
 )
 from thalweg.local.graph_convolution import Remembered, require_edges
 
@@ -33,6 +33,8 @@ class LabelledGraph:
         asked: bool, (nodes,): the nodes whose labels are asked for, none of them known; None for all that are
             not known. Forward-forward alone makes a difference between asked nodes and others.
 
+    The indices of both, `learned` and `wanted`, are found once, when the graph is made.
+
     Raises:
         ArgumentError, ArgumentTypeError: tensors that do not fit together.
     """
@@ -42,6 +44,8 @@ class LabelledGraph:
     labels: Tensor
     known: Tensor
     asked: Tensor | None = None
+    learned: Tensor = field(init=False)
+    wanted: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         require_features(self.features)
@@ -58,16 +62,17 @@ class LabelledGraph:
             value = getattr(self, name)
             if value is not None and value.shape != (nodes,):
                 raise ArgumentError(name, value, f"shape ({nodes},), one for each node")
-        if isinstance(self.known, FakeTensor):
-            return
         if not bool(self.known.any()):
             raise ArgumentError("known", "no node", "at least one node to learn from")
         if self.asked is not None and bool((self.asked & self.known).any()):
             raise ArgumentError("asked", self.asked, "nodes whose labels are not known")
+        asked = ~self.known if self.asked is None else self.asked
+        object.__setattr__(self, "learned", self.known.nonzero().flatten())
+        object.__setattr__(self, "wanted", asked.nonzero().flatten())
 
-    def wanted(self) -> Tensor:
-        """The nodes whose labels are asked for, bool, (nodes,)."""
-        return ~self.known if self.asked is None else self.asked
+    def learned_labels(self) -> Tensor:
+        """The labels of the nodes to learn from, in the order of `learned`."""
+        return self.labels[self.learned]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -158,8 +163,10 @@ class VirtualNodes(nn.Module):
     def _augmented(self, graph: LabelledGraph) -> tuple[Tensor, Tensor]:
         require_classes(graph, self.classes)
         features = with_virtual(graph.features, self.virtual)
-        classes = graph.labels[graph.known]
-        return features, joined_to_virtual(graph.edges, graph.known, classes, self.bidirectional)
+        joined = joined_to_virtual(
+            graph.edges, graph.learned, len(graph.labels) + graph.learned_labels(), self.bidirectional
+        )
+        return features, joined
 
     def ask(self, graph: LabelledGraph) -> tuple[Tensor, Tensor]:
         """What is predicted on: the same, for nodes that are asked have no virtual edge."""
@@ -171,9 +178,9 @@ class VirtualNodes(nn.Module):
         labels = torch.full(
             (nodes, self.classes), 1 / self.classes, dtype=graph.features.dtype, device=graph.features.device
         )
-        onehot = F.one_hot(graph.labels[graph.known], self.classes).to(labels.dtype)
-        labels = labels.index_put((graph.known.nonzero(as_tuple=True)[0],), onehot)
-        return torch.cat([labels, torch.eye(self.classes, dtype=labels.dtype, device=labels.device)])
+        certain = torch.eye(self.classes, dtype=labels.dtype, device=labels.device)
+        labels = labels.index_put((graph.learned,), certain[graph.learned_labels()])
+        return torch.cat([labels, certain])
 
     def logits(self, output: Tensor) -> Tensor:
         """The inner products of all nodes with the virtual ones, (nodes, classes)."""
@@ -183,7 +190,7 @@ class VirtualNodes(nn.Module):
     def forward(self, output: Tensor, graph: LabelledGraph) -> Tensor:
         """The cross-entropy of each known node."""
         logits = self.logits(output)
-        return F.cross_entropy(logits[graph.known], graph.labels[graph.known], reduction="none")
+        return F.cross_entropy(logits[graph.learned], graph.learned_labels(), reduction="none")
 
     def scores(self, output: Tensor, graph: LabelledGraph | None) -> Tensor:
         """Probabilities, (nodes, classes)."""
@@ -259,10 +266,9 @@ def with_virtual(features: Tensor, virtual: Tensor) -> Tensor:
     return torch.cat([features, virtual.to(features)])
 
 
-def joined_to_virtual(edges: Tensor, nodes: Tensor, classes: Tensor, bidirectional: bool) -> Tensor:
-    """Edges from some nodes (a mask) to the virtual nodes of the given classes; back too, if asked."""
-    sources = nodes.nonzero(as_tuple=True)[0]
-    there = torch.stack([sources, len(nodes) + classes])
+def joined_to_virtual(edges: Tensor, nodes: Tensor, virtual: Tensor, bidirectional: bool) -> Tensor:
+    """Edges from some nodes to a virtual node each; back too, if asked."""
+    there = torch.stack([nodes, virtual])
     added = [there, there.flip(0)] if bidirectional else [there]
     return torch.cat([edges, *added], 1)
 
@@ -282,9 +288,9 @@ def require_graph(graph: object, kind: type) -> None:
 
 def require_classes(graph: LabelledGraph, classes: int) -> None:
     """Raise unless the known labels are those classes, and each is known somewhere."""
-    if isinstance(graph.labels, FakeTensor):
+    if without_data(graph.labels):
         return
-    known = graph.labels[graph.known]
+    known = graph.learned_labels()
     if int(known.min()) < 0 or int(known.max()) >= classes:
         raise ArgumentError("labels", graph.labels, f"known labels in 0 .. {classes - 1}")
     counts = known.bincount(minlength=classes)
@@ -295,7 +301,7 @@ def require_classes(graph: LabelledGraph, classes: int) -> None:
 
 
 def _warn_of_one_way(edges: Tensor, nodes: int) -> None:
-    if isinstance(edges, FakeTensor):
+    if without_data(edges):
         return
     there, back = (edges[0] * nodes + edges[1]).sort().values, (edges[1] * nodes + edges[0]).sort().values
     if not torch.equal(there, back):

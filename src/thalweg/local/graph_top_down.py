@@ -274,7 +274,8 @@ class AveragedPhase(BlockPhase):
     def backward(self) -> Tensor:
         """Fill `.grad`, at most `clip` long; returns the mean loss, detached."""
         rule = Backprop() if self.clip is None else _Clipped(self.clip)
-        return backward(self._keeping, self.parameters, gradient=rule)
+        # the rule draws nothing; a key of its own would be read from a tensor
+        return backward(self._keeping, self.parameters, gradient=rule, key=Key(0))
 
     def _judge(self, output: Tensor) -> Tensor:
         loss: Tensor = self.stack.local[self.index](averaged(output, self.above), self.target)
