@@ -7,10 +7,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor
 
 from thalweg.errors import (
     ArgumentError,
@@ -19,19 +18,19 @@ from thalweg.errors import (
     require_integer,
 )
 from thalweg.lab.arguments import require_device, require_name, require_seeds
-from thalweg.lab.cells import Cell, Page, file_hash, identity, own_randomness, read_cell, write_cell
-from thalweg.lab.claim import Claim
-from thalweg.lab.encoding import figure_bytes, tensor_bytes
-from thalweg.lab.files import from_json, to_json, write_bytes, write_json
+from thalweg.lab.cells import Cell, Page, identity, own_randomness, read_cell, write_cell
+from thalweg.lab.files import from_json, to_json
 from thalweg.lab.folder import claim_folder, open_folder
+from thalweg.lab.handed import Handed
 from thalweg.lab.machine import describe_machine
 from thalweg.lab.outcome import write_outcome
 from thalweg.lab.progress import Progress, Ticker
+from thalweg.lab.workers import MOST_WORKERS, Job, cores, require_distinct, run_jobs
 
 T = TypeVar("T")
 
 
-class Lab:
+class Lab(Handed):
     """One run in one folder; choose it for anything long enough to be interrupted or worth keeping.
 
     Use it as a context manager. Inside, the work is done in cells (`cell`); every cell is on disk when it
@@ -85,8 +84,7 @@ class Lab:
         require_choice("kind", kind, ("recipe", "compare"))
         if threads is not None:
             require_integer("threads", threads, 1)
-        self.out = Path(out)
-        self.name = name
+        super().__init__(Path(out), name)
         self.kind = kind
         self.preset = preset
         self.seeds = require_seeds(seeds)
@@ -103,11 +101,6 @@ class Lab:
             "torch": torch.__version__,
         }
         self._identity = identity(self._identity_parts)
-        self._entered = False
-        self._run = Page()
-        self._in_cell: tuple[str, int, Page] | None = None
-        self._claims: list[Claim] = []
-        self._documents: list[str] = []
         self._cells: list[Cell] = []
         self._loaded = 0
 
@@ -173,27 +166,55 @@ class Lab:
             ArgumentError, ArgumentTypeError: a cell inside a cell, a name that came before, a result that is
                 not JSON.
         """
-        self._require_open()
-        if not isinstance(name, str) or not name.strip():
-            raise ArgumentTypeError("name", name, "a string that says what the cell does")
-        require_integer("seed", seed, 0)
-        if self._in_cell is not None:
-            raise ArgumentError("name", name, f"no cell inside the cell {self._in_cell[0]!r}")
-        if any((cell.name, cell.seed) == (name, seed) for cell in self._cells):
-            mend = "Its result would be written over the earlier one's."
-            raise ArgumentError("name", name, f"a name that no cell of seed {seed} has had", mend)
-        folder = self.out / "cells"
+        self._require_new(name, seed)
         self._progress.start(f"{name}, seed {seed}")
-        cell = read_cell(self.out, folder, name, seed, self._identity) if self.resume else None
+        cell = self._load(name, seed)
         loaded = cell is not None
         if cell is None:
             cell = self._compute(name, function, seed)
-            write_cell(folder, cell)
+            write_cell(self.out / "cells", cell)
         self._loaded += loaded
         self._cells.append(cell)
         self._run.extend(cell.page)
         self._progress.finish(computed=not loaded)
         return cast(T, cell.result)
+
+    def cells(self, jobs: Sequence[Job], *, workers: int | None = None) -> list[Any]:
+        """Run many cells side by side, each in a process of its own, or load those of an earlier run.
+
+        Choose it over `cell` where cells are many and each of them leaves a core idle; results are those of
+        one `cell` after the other. What is timed belongs in a `cell`, where nothing else runs.
+
+        Args:
+            jobs: see `Job`.
+            workers: how many at a time; None for as many as there are cores, on an accelerator one.
+
+        Returns:
+            What the functions returned, in the order of the jobs, after a passage through JSON.
+
+        Raises:
+            ArgumentError, ArgumentTypeError: as for `cell`.
+        """
+        for job in jobs:
+            self._require_new(job.name, job.seed)
+        require_distinct(jobs)
+        if workers is None:
+            workers = min(cores(), MOST_WORKERS) if self.device.type == "cpu" else 1
+        require_integer("workers", workers, 1)
+        found = {job.at: self._load(*job.at) for job in jobs}
+        missing = [job for job in jobs if found[job.at] is None]
+        self._progress.start(f"{len(missing)} cells side by side")
+        for job, returned, seconds in run_jobs(missing, self.device, workers):
+            cell = self._cell(job.name, job.seed, returned, Page(), seconds)
+            write_cell(self.out / "cells", cell)
+            found[job.at] = cell
+            self._progress.finish(computed=True)
+            self._progress.start(f"{job.name}, seed {job.seed} is done")
+        for _ in range(len(jobs) - len(missing)):
+            self._progress.finish(computed=False)
+        self._loaded += len(jobs) - len(missing)
+        self._cells += [cell for cell in found.values() if cell is not None]
+        return [cell.result for cell in found.values() if cell is not None]
 
     def progress(self, total: int, description: str = "") -> Ticker:
         """Count steps inside a cell: call what you get once per step, and the time left moves with it.
@@ -205,86 +226,21 @@ class Lab:
         self._require_open()
         return Ticker(self._progress, total, description)
 
-    def log(self, **metrics: object) -> None:
-        """Add one row to metrics.jsonl; inside a cell the row carries the cell's name and seed.
-
-        Args:
-            metrics: JSON values, for example `step=10, loss=0.3`; times belong under `timing={...}`, because
-                everything else has to come out the same when the run is repeated.
-        """
-        page = self._page()
-        where: dict[str, Any] = {}
+    def _require_new(self, name: str, seed: int) -> None:
+        self._require_open()
+        if not isinstance(name, str) or not name.strip():
+            raise ArgumentTypeError("name", name, "a string that says what the cell does")
+        require_integer("seed", seed, 0)
         if self._in_cell is not None:
-            where = {"cell": self._in_cell[0], "seed": self._in_cell[1]}
-        for taken in where:
-            if taken in metrics:
-                raise ArgumentError(taken, metrics[taken], "another name: the row has the cell's")
-        page.metrics.append(where | to_json(metrics, "metrics"))
+            raise ArgumentError("name", name, f"no cell inside the cell {self._in_cell[0]!r}")
+        if any((cell.name, cell.seed) == (name, seed) for cell in self._cells):
+            mend = "Its result would be written over the earlier one's."
+            raise ArgumentError("name", name, f"a name that no cell of seed {seed} has had", mend)
 
-    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """Add a table to the page of the run.
-
-        Args:
-            title: one line above it.
-            columns: headings.
-            rows: JSON values, as many in each row as there are columns; None is shown as empty.
-        """
-        page = self._page()
-        for index, row in enumerate(rows):
-            if len(row) != len(columns):
-                raise ArgumentError(f"rows[{index}]", row, f"{len(columns)} values, one for each column")
-        page.tables.append(
-            {"title": title, "columns": to_json(columns, "columns"), "rows": to_json(rows, "rows")}
-        )
-
-    def figure(self, name: str, figure: Any, caption: str = "") -> None:
-        """Save a matplotlib figure as figures/NAME.png, to be shown on the page of the run.
-
-        Args:
-            name: letters, digits, "_", "-" and ".".
-            figure: a `matplotlib.figure.Figure`; it is neither changed nor closed.
-            caption: a sentence below it: what to see.
-        """
-        self._require_open()
-        require_name("name", name)
-        self._keep("figures", f"{name}.png", figure_bytes(figure), {"name": name, "caption": caption})
-
-    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Save tensors as weights/NAME.safetensors.
-
-        Args:
-            name: letters, digits, "_", "-" and ".".
-            tensors: for example `model.state_dict()`; tied weights are written once for each name.
-
-        Raises:
-            MissingExtraError: safetensors is not installed.
-        """
-        self._require_open()
-        require_name("name", name)
-        self._keep("weights", f"{name}.safetensors", tensor_bytes(tensors), {"name": name})
-
-    def claims(self, claims: Sequence[Claim]) -> None:
-        """Hand in the claims of the run, once, in the order in which they shall be read."""
-        self._require_open()
-        for index, claim in enumerate(claims):
-            if not isinstance(claim, Claim):
-                raise ArgumentTypeError(f"claims[{index}]", claim, "a thalweg.lab.Claim")
-        self._claims = list(claims)
-
-    def document(self, name: str, value: object) -> None:
-        """Write one more JSON file beside the others, atomically and at once.
-
-        Args:
-            name: the file's name without ".json"; not one of those that the run writes itself.
-            value: JSON values.
-        """
-        self._require_open()
-        require_name("name", name)
-        if name in ("run", "claims", "config", "metrics"):
-            raise ArgumentError("name", name, "a name that the run does not use itself")
-        write_json(self.out / f"{name}.json", value)
-        if name not in self._documents:
-            self._documents.append(name)
+    def _load(self, name: str, seed: int) -> Cell | None:
+        if not self.resume:
+            return None
+        return read_cell(self.out, self.out / "cells", name, seed, self._identity)
 
     def _compute(self, name: str, function: Callable[[], T], seed: int) -> Cell:
         page = Page()
@@ -295,27 +251,11 @@ class Lab:
                 returned = function()
         finally:
             self._in_cell = None
+        return self._cell(name, seed, returned, page, time.perf_counter() - begun)
+
+    def _cell(self, name: str, seed: int, returned: object, page: Page, seconds: float) -> Cell:
         result = from_json(to_json(returned, f"the result of cell {name!r}"))
-        return Cell(name, seed, self._identity, result, page, round(time.perf_counter() - begun, 3))
-
-    def _keep(
-        self, kind: Literal["figures", "weights"], file: str, content: bytes, entry: dict[str, str]
-    ) -> None:
-        pages = [self._run, self._page()]
-        path = f"{kind}/{file}"
-        if any(other["file"] == path for page in pages for other in getattr(page, kind)):
-            raise ArgumentError("name", entry["name"], f"a name that none of the run's {kind} has had")
-        write_bytes(self.out / path, content)
-        found = {**entry, "file": path, "sha256": file_hash(self.out / path)}
-        getattr(self._page(), kind).append(found)
-
-    def _page(self) -> Page:
-        self._require_open()
-        return self._run if self._in_cell is None else self._in_cell[2]
-
-    def _require_open(self) -> None:
-        if not self._entered:
-            raise ArgumentError("lab", self.name, "a run that has begun", "Write `with Lab(...) as lab:`.")
+        return Cell(name, seed, self._identity, result, page, round(seconds, 3))
 
     def _head(self) -> dict[str, Any]:
         return {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -23,7 +22,7 @@ from thalweg.comparison.training import (
 )
 from thalweg.data import Classification, digits, mnist
 from thalweg.errors import ArgumentError, require_integer
-from thalweg.lab import Claim, Lab
+from thalweg.lab import Claim, Job, Lab
 from thalweg.step import Step
 from thalweg.table import scaled
 
@@ -71,10 +70,21 @@ def run(config: Config, lab: Lab) -> tuple[Comparison, list[Claim]]:
 
     Each route picks its step size from the same grid on held-out training data; the test data decide nothing.
     """
-    data = digits() if config.data == "digits" else mnist()
+    data = _data(config)
     routes = [route for route in all_routes() if not config.routes or route.name in config.routes]
+    names = [route.name for route in routes]
+    seeds = range(config.seed, config.seed + config.seeds)
     lab.plan(len(routes) * (2 + config.seeds))
-    rows = tuple(_row(route, data, config, lab) for route in routes)
+    tuned = lab.cells([Job(f"tune {name}", config.seed, _tune, (name, config)) for name in names])
+    rates = {name: found["learning_rate"] for name, found in zip(names, tuned, strict=True)}
+    runs = [(name, seed) for name in names for seed in seeds]
+    trained = lab.cells(
+        [Job(f"train {name}", seed, _train, (name, rates[name], seed, config)) for name, seed in runs]
+    )
+    scores = {run: found["accuracy"] for run, found in zip(runs, trained, strict=True)}
+    rows = tuple(
+        _row(route, [scores[route.name, seed] for seed in seeds], data, config, lab) for route in routes
+    )
     comparison = Comparison(
         task=f"classify {data.name}",
         verdict=verdict(rows, routes, data.name, config),
@@ -102,34 +112,42 @@ def _cells(comparison: Comparison, row: Row) -> list[str]:
     return [row.cells()[name] for name in comparison.columns()]
 
 
-def _row(route: Route, data: Classification, config: Config, lab: Lab) -> Row:
-    def tune() -> dict[str, Any]:
-        rate, scores = choose_learning_rate(
-            route,
-            data,
-            steps=max(1, config.steps // 4),
-            seed=config.seed,
-            batch=config.batch,
-            device=config.device,
-        )
-        return {"learning_rate": rate, "held_out_accuracy": scores}
+def _data(config: Config) -> Classification:
+    return digits() if config.data == "digits" else mnist()
 
-    rate: float = lab.cell(f"tune {route.name}", tune, seed=config.seed)["learning_rate"]
 
-    def learn(seed: int) -> dict[str, Any]:
-        network = train(
-            route,
-            data,
-            learning_rate=rate,
-            steps=config.steps,
-            seed=seed,
-            batch=config.batch,
-            device=config.device,
-        )
-        return {"accuracy": accuracy(network, data.test_inputs, data.test_labels)}
+def _named(name: str) -> Route:
+    return next(route for route in all_routes() if route.name == name)
 
-    seeds = range(config.seed, config.seed + config.seeds)
-    scores = [lab.cell(f"train {route.name}", partial(learn, seed), seed=seed)["accuracy"] for seed in seeds]
+
+def _tune(name: str, config: Config) -> dict[str, Any]:
+    rate, scores = choose_learning_rate(
+        _named(name),
+        _data(config),
+        steps=max(1, config.steps // 4),
+        seed=config.seed,
+        batch=config.batch,
+        device=config.device,
+    )
+    return {"learning_rate": rate, "held_out_accuracy": scores}
+
+
+def _train(name: str, learning_rate: float, seed: int, config: Config) -> dict[str, Any]:
+    data = _data(config)
+    network = train(
+        _named(name),
+        data,
+        learning_rate=learning_rate,
+        steps=config.steps,
+        seed=seed,
+        batch=config.batch,
+        device=config.device,
+    )
+    return {"accuracy": accuracy(network, data.test_inputs, data.test_labels)}
+
+
+def _row(route: Route, scores: list[float], data: Classification, config: Config, lab: Lab) -> Row:
+    # one after the other, so that nothing else runs while a step is timed
     measured = lab.cell(f"measure {route.name}", lambda: _measure(route, data, config), seed=config.seed)
     return Row(
         route=route.name,
@@ -144,7 +162,7 @@ def _row(route: Route, data: Classification, config: Config, lab: Lab) -> Row:
 
 def _measure(route: Route, data: Classification, config: Config) -> dict[str, Any]:
     """Cost and fidelity on one batch, at the weights of the reference after a short training."""
-    reference = next(other for other in all_routes() if other.name == route.reference)
+    reference = _named(route.reference)
     trained = train(
         reference,
         data,
