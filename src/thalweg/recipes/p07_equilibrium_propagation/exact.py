@@ -27,7 +27,7 @@ FORMS: tuple[Literal["positive", "negative", "centered"], ...] = ("positive", "n
 FITTED = 1
 """Slopes are fitted from this one on, where the leading term of the bias is all of it."""
 POINTS = (2, 3, 4, 6, 8)
-CIRCLES = (0.2, 0.1, 0.05)
+CIRCLES = (0.1, 0.05, 0.03)
 """Radii of the holomorphic form, inside of where the nudged state is analytic in the nudge; the first is for
 the fall of the error with the points."""
 OUTSIDE, OUTSIDE_POINTS = 2.0, (4, 8, 12)

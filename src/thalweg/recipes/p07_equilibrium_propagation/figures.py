@@ -160,7 +160,10 @@ def mnist(trained: Mapping[str, Sequence[Mapping[str, Any]]], data: str) -> Figu
         panel.axhspan(2, 3, color="#000000", alpha=0.08, linewidth=0)
     panel.plot([], [], color="#555555", linestyle=":", label="on training digits")
     panel.set_yscale("log")
-    panel.set_yticks([1, 2, 3, 5, 10, 20], ["1", "2", "3", "5", "10", "20"])
+    errors = [error for results in trained.values() for each in results for error in each["test_error"]]
+    ticks = [tick for tick in (1, 2, 3, 5, 10, 20, 50) if tick <= max(errors) * 1.1]
+    panel.set_yticks(ticks, [str(tick) for tick in ticks])
+    panel.set_ylim(top=max(errors) * 1.15)
     panel.minorticks_off()
     panel.set_xlabel("passes over the digits (where operations are equal: of equilibrium propagation)")
     panel.set_ylabel("error (%)")

@@ -82,7 +82,7 @@ class Config:
             "image_batch": 350,
         },
         "small": {},
-        "gpu": {"mnist_seeds": 0, "image_epochs": 3},
+        "gpu": {"mnist_seeds": 0, "image_epochs": 3, "image_free": 20},
         "paper": {"mnist_data": "mnist", "mnist_epochs": 25, "mnist_seeds": 3},
     }
 
@@ -99,50 +99,70 @@ class Config:
 
 def run(config: Config, lab: Lab) -> list[Claim]:
     """The panels, one after the other: toy network, digits, MNIST, images."""
-    kinds, seeds = routes(), list(lab.seeds)
-    mnist_seeds = seeds[: config.mnist_seeds]
-    image_cells = len(IMAGE_ROUTES) * len(seeds[:1]) if config.image_epochs else 0
-    lab.plan(len(seeds) * (len(kinds) + 2) + len(MNIST_ROUTES) * len(mnist_seeds) + image_cells)
-    decisive = lab.preset != "smoke"
+    cells = len(lab.seeds) * (len(routes()) + 2)
+    cells += len(MNIST_ROUTES) * len(_mnist_seeds(config, lab))
+    cells += len(IMAGE_ROUTES) if config.image_epochs else 0
+    lab.plan(cells)
+    claims = [*_toy_panel(config, lab), *_digits_panel(config, lab)]
+    if _mnist_seeds(config, lab):
+        claims += _mnist_panel(config, lab)
+    if config.image_epochs:
+        claims += _images_panel(config, lab)
+    return claims
 
-    toys = [lab.cell("identities", partial(identities, s, config.relax_steps), seed=s) for s in seeds]
+
+def _toy_panel(config: Config, lab: Lab) -> list[Claim]:
+    toys = [lab.cell("identities", partial(identities, s, config.relax_steps), seed=s) for s in lab.seeds]
     lab.figure("bias", figures.bias(toys[0]), BIAS_CAPTION)
     tables.identities(lab, toys)
-    claims = verdicts.identity_claims(toys)
+    return verdicts.identity_claims(toys)
 
-    found = {
-        kind.name: [lab.cell(kind.name, partial(_digits, kind, config, lab, s), seed=s) for s in seeds]
-        for kind in kinds
-    }
-    rows = [tables.digits_row(kind, found[kind.name]) for kind in kinds]
+
+def _digits_panel(config: Config, lab: Lab) -> list[Claim]:
+    rows = []
+    for kind in routes():
+        found = [lab.cell(kind.name, partial(_digits, kind, config, lab, s), seed=s) for s in lab.seeds]
+        rows.append(tables.digits_row(kind, found))
     tables.digits(lab, rows)
     lab.figure("digits", figures.digits(rows), DIGITS_CAPTION)
-    watched = [lab.cell("gradients", partial(_watch, config, lab, s), seed=s) for s in seeds]
+    watched = [lab.cell("gradients", partial(_watch, config, lab, s), seed=s) for s in lab.seeds]
     lab.figure("gradients", figures.gradients(watched), GRADIENTS_CAPTION)
-    claims += verdicts.digits_claims(rows, decisive=decisive)
+    return verdicts.digits_claims(rows, decisive=_decisive(lab))
 
-    if mnist_seeds:
-        name = _mnist_name(config)
-        trained = {
-            route.name: [
-                lab.cell(f"{name}: {route.name}", partial(_mnist, route, config, lab, name, s), seed=s)
-                for s in mnist_seeds
-            ]
-            for route in MNIST_ROUTES
-        }
-        tables.mnist(lab, trained, name)
-        lab.figure("mnist", figures.mnist(trained, name), MNIST_CAPTION)
-        claims += verdicts.mnist_claims(
-            trained, name, config.mnist_epochs, config.mnist_hidden, decisive=decisive
-        )
-    if config.image_epochs:
-        images = {
-            route: lab.cell(f"images: {route}", partial(_images, route, config, lab, seeds[0]), seed=seeds[0])
-            for route in IMAGE_ROUTES
-        }
-        tables.images(lab, images, config.image_data)
-        claims += verdicts.image_claims(images, decisive=decisive)
-    return claims
+
+def _mnist_panel(config: Config, lab: Lab) -> list[Claim]:
+    name = _mnist_name(config)
+    trained = {
+        route.name: [
+            lab.cell(f"{name}: {route.name}", partial(_mnist, route, config, lab, name, s), seed=s)
+            for s in _mnist_seeds(config, lab)
+        ]
+        for route in MNIST_ROUTES
+    }
+    tables.mnist(lab, trained, name)
+    lab.figure("mnist", figures.mnist(trained, name), MNIST_CAPTION)
+    return verdicts.mnist_claims(
+        trained, name, config.mnist_epochs, config.mnist_hidden, decisive=_decisive(lab)
+    )
+
+
+def _images_panel(config: Config, lab: Lab) -> list[Claim]:
+    seed = lab.seeds[0]
+    found = {
+        route: lab.cell(f"images: {route}", partial(_images, route, config, lab, seed), seed=seed)
+        for route in IMAGE_ROUTES
+    }
+    tables.images(lab, found, config.image_data)
+    return verdicts.image_claims(found, decisive=_decisive(lab))
+
+
+def _decisive(lab: Lab) -> bool:
+    """A run of seconds shows the numbers and decides nothing that is not exact."""
+    return lab.preset != "smoke"
+
+
+def _mnist_seeds(config: Config, lab: Lab) -> list[int]:
+    return list(lab.seeds)[: config.mnist_seeds]
 
 
 def _digits(kind: Route, config: Config, lab: Lab, seed: int) -> dict[str, Any]:
@@ -224,7 +244,7 @@ BIAS_CAPTION = (
 )
 DIGITS_CAPTION = (
     "Digits, 64-128-10: test accuracy of every way to train, from the same weights and on the same order of "
-    "batches, beside what a step costs. Hollow: controls."
+    "batches, beside the work of the training and what a step keeps. Hollow: controls."
 )
 GRADIENTS_CAPTION = (
     "Cosine with the implicit gradient along a training by centred nudging, for the weights of each link; "
