@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from thalweg.errors import ArgumentError, ArgumentTypeError
 from thalweg.local import GCN, SAGE, convolutions, gcn_adjacency, mean_adjacency, two_parts
-from thalweg.local.graph_convolution import Remembered
+from thalweg.local.graph_adjacency import Remembered
 
 NODES = 9
 

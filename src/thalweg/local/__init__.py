@@ -7,16 +7,9 @@ from thalweg.local.feedback import DirectFeedbackAlignment, FeedbackAlignment, S
 from thalweg.local.forward_forward import ForwardForward
 from thalweg.local.goodness import Goodness, hybrid_images
 from thalweg.local.graph import GraphStack
+from thalweg.local.graph_adjacency import gcn_adjacency, mean_adjacency
 from thalweg.local.graph_backprop import BackpropGraph
-from thalweg.local.graph_convolution import (
-    GCN,
-    SAGE,
-    TwoPart,
-    convolutions,
-    gcn_adjacency,
-    mean_adjacency,
-    two_parts,
-)
+from thalweg.local.graph_convolution import GCN, SAGE, TwoPart, convolutions, two_parts
 from thalweg.local.graph_forward_forward import LabelGoodness
 from thalweg.local.graph_tasks import LabelledGraph, LinkBatch, LinkTask, VirtualNodes
 from thalweg.local.graph_top_down import TopToInput, TopToLoss

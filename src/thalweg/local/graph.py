@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, require_integer
-from thalweg.local.graph_convolution import Remembered, two_parts
+from thalweg.local.graph_adjacency import Remembered
+from thalweg.local.graph_convolution import two_parts
 from thalweg.local.stack import BlockPhase, LocalStack, Normalize, require_modules
 
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from thalweg.errors import ArgumentError, require_choice, require_integer, require_positive
-from thalweg.local.graph_convolution import Remembered
+from thalweg.local.graph_adjacency import Remembered
 from thalweg.local.graph_tasks import (
     LabelledGraph,
     joined_to_virtual,

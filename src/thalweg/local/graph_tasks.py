@@ -18,7 +18,7 @@ from thalweg.errors import (
     require_positive,
     without_data,
 )
-from thalweg.local.graph_convolution import Remembered, require_edges
+from thalweg.local.graph_adjacency import Remembered, require_edges
 
 
 @dataclass(frozen=True, slots=True, eq=False)

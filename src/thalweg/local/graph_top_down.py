@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from thalweg.errors import ArgumentError, ArgumentTypeError, require_integer, require_positive
 from thalweg.local.graph import GraphStack, combined
-from thalweg.local.graph_convolution import Remembered
+from thalweg.local.graph_adjacency import Remembered
 from thalweg.local.readout import unit_length
 from thalweg.local.stack import BlockPhase
 from thalweg.noise import Key
