@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+import pickle
 import warnings
+import weakref
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -481,6 +485,53 @@ def test_edges_that_go_one_way_are_warned_of() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         made()
+
+
+@pytest.mark.parametrize(
+    ("change", "argument"),
+    [
+        ({"pairs": torch.tensor([[0, NODES], [1, 2]])}, "pairs"),
+        ({"pairs": torch.zeros(2, 2)}, "pairs"),
+        ({"present": torch.zeros(3)}, "present"),
+        ({"present": torch.tensor([0, 1])}, "present"),
+        ({"pairs": torch.zeros(2, 0).long(), "present": torch.zeros(0)}, "present"),
+        ({"edges": torch.tensor([[0], [-1]])}, "edges"),
+        ({"features": torch.zeros(0, 3)}, "features"),
+    ],
+    ids=["beyond", "float pairs", "too many", "whole numbers", "none", "negative", "no node"],
+)
+def test_links_that_do_not_fit_are_named(change: dict[str, Any], argument: str) -> None:
+    graph = made()
+    pairs = torch.tensor([[0, 1], [2, 3]])
+    good = {"features": graph.features, "edges": graph.edges, "pairs": pairs, "present": torch.ones(2)}
+    LinkBatch(**good)
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=rf"^{argument}"):
+        LinkBatch(**(good | change))
+
+
+def test_an_aggregate_goes_with_its_input() -> None:
+    """Nothing of a graph is kept alive by a learner that saw it."""
+    graph, found = made(), learner("virtual nodes")
+    run(found, graph, 2)
+    features = weakref.ref(graph.features)
+    del graph
+    gc.collect()
+    assert features() is None
+    assert not found.task._entered._entries
+
+
+def test_every_kind_of_learner_survives_copying_and_saving(tmp_path: Path) -> None:
+    graph = made()
+    for kind in ("virtual nodes", "virtual labels", "top to input", "top to loss"):
+        found = learner(kind)
+        run(found, graph, 2)
+        expected = found.predict(graph)
+        torch.save(found.state_dict(), tmp_path / "state.pt")
+        other = learner(kind)
+        other.load_state_dict(torch.load(tmp_path / "state.pt"))
+        assert torch.equal(other.predict(graph), expected)
+        assert torch.equal(copy.deepcopy(found).predict(graph), expected)
+        assert torch.equal(pickle.loads(pickle.dumps(found)).predict(graph), expected)
 
 
 def test_classes_that_nobody_knows_are_refused() -> None:

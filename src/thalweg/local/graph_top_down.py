@@ -27,7 +27,7 @@ class _TopDown(GraphStack):
             raise ArgumentTypeError("task", task, "VirtualNodes, LinkTask, or a module with their methods")
         self.restart()
         # states belong to the weights that made them
-        self.register_load_state_dict_post_hook(lambda module, _: module.restart())  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_restart)  # type: ignore[no-untyped-call]
 
     def restart(self) -> None:
         """Forget what the layers said: the next step begins with a pass from the bottom up."""
@@ -36,6 +36,10 @@ class _TopDown(GraphStack):
     def _last_states(self, x: Tensor, begin: Callable[[], list[Tensor]]) -> list[Tensor]:
         states: list[Tensor] = self._states.of((x,), begin)
         return states
+
+
+def _restart(learner: _TopDown, _: object) -> None:
+    learner.restart()
 
 
 class TopToInput(_TopDown):
