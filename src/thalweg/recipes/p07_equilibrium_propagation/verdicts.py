@@ -88,7 +88,10 @@ def digits_claims(rows: Sequence[Row], *, decisive: bool) -> list[Claim]:
     """One line of acceptance, and what the honest rows say."""
     by_name = {row["name"]: row for row in rows}
     claims = []
-    for key, when in (("accuracies", "at least training loss"), ("lasts", "after the last epoch")):
+    for key, when in (
+        ("accuracies", "at the epoch of least training loss"),
+        ("lasts", "after the last epoch"),
+    ):
         pairs = zip(by_name[CENTERED][key], by_name[THROUGH_TIME][key], strict=True)
         apart = [one - other for one, other in pairs]
         gap, asserted = abs(statistics.fmean(apart)), decisive and key == "accuracies"
