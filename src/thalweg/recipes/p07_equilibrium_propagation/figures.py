@@ -44,7 +44,8 @@ def bias(toy: Mapping[str, Any]) -> Figure:
         )  # fmt: skip
     left.set_xscale("log")
     # room for the legend
-    left.set_ylim(bottom=0.02 * min(error for errors in toy["bias"].values() for error in errors))
+    errors = [error for each in toy["bias"].values() for error in each]
+    left.set_ylim(0.02 * min(errors), 2 * max(errors))
     left.set_xlabel("strength of the nudge")
     left.set_title("how hard", fontsize=11)
     middle.plot(POINTS, toy["inside"], color=COLOURS[0], marker="o", label=f"strength {CIRCLES[0]}")

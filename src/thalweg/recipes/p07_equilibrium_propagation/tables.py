@@ -59,7 +59,8 @@ def digits(lab: Lab, rows: Sequence[Row]) -> None:
     """What every route reaches on the small digits, and what its steps cost."""
     lab.table(
         "Digits, 64-128-10: mean over seeds, and the cost of one step. Complex products count as one, "
-        "and an implicit gradient takes as many as its solve needs, here at the first batch",
+        "and an implicit gradient takes as many as its solve needs, here at the first batch. Learners add "
+        "their gradients up themselves: these count as kept",
         [
             "route",
             "test accuracy %",
@@ -107,7 +108,7 @@ def mnist(lab: Lab, trained: Mapping[str, Sequence[Row]], data: str) -> None:
         )
     lab.table(
         f"{data}: error after the last epoch, mean over {len(next(iter(trained.values())))} seed(s), and the "
-        "cost of one step of the first link on",
+        "cost of one step. Nudging adds its gradients up itself: these count as kept",
         [
             "route",
             "test error %",
