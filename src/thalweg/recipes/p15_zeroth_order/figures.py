@@ -27,13 +27,13 @@ ROUTES = {
 
 
 def orders(found: Results, costs: Costs) -> Figure:
-    """Test accuracy of every row at equal steps, beside the evaluations, work and memory of a step."""
+    """Test error of every row at equal steps, beside the evaluations, work and memory of a step."""
     names = [name for name in found if not name.endswith((", centred", ", raw", ", standardised"))]
     places = list(range(len(names)))[::-1]
     figure = Figure(figsize=(11.5, 4.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3, sharey=True, width_ratios=(2.2, 1, 1))
     for place, name in zip(places, names, strict=True):
-        values = [each["accuracy"] for each in found[name]]
+        values = [100 - each["accuracy"] for each in found[name]]
         _, colour, marker = ROUTES.get(name.split(" + ")[0].replace(", Rademacher", ""), ("", "#777777", "X"))
         hollow = name.startswith("control")
         left.plot(values, [place] * len(values), "|", color=colour, markersize=12, alpha=0.7)
@@ -53,9 +53,12 @@ def orders(found: Results, costs: Costs) -> Figure:
                 f" {value:.1f}, {calls} call{'s' * (calls > 1)}" if key == "operations" else f" {value:.0f}"
             )
             panel.text(value, place, note, va="center", fontsize=8)
-    left.axvline(95, color="#999999", linestyle=":", linewidth=1)
+    left.axvline(5, color="#999999", linestyle=":", linewidth=1)
     left.set_yticks(places, names)
-    left.set_xlabel("test accuracy (%): mean, and each seed")
+    left.set_xscale("log")
+    left.set_xticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
+    left.minorticks_off()
+    left.set_xlabel("test error (%): mean, and each seed")
     middle.set_xlabel("operations a step (10⁶),\nand calls of the network")
     right.set_xlabel("peak memory of a step (KiB),\nparameters not counted")
     for panel in (middle, right):
@@ -119,7 +122,10 @@ def preparation(found: Results) -> Figure:
         places = [place + shift for place, _ in there]
         means = [statistics.fmean(values) for _, values in there]
         spreads = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in there]
-        panel.errorbar(places, means, yerr=spreads, color=colour, marker=marker, capsize=3, label=label)
+        line = "-" if len(there) == len(suffixes) else ""
+        panel.errorbar(
+            places, means, yerr=spreads, color=colour, marker=marker, linestyle=line, capsize=3, label=label
+        )
     panel.axhline(95, color="#999999", linestyle=":", linewidth=1)
     panel.set_xticks(range(3), list(suffixes.values()))
     panel.set_xlabel("pixels")

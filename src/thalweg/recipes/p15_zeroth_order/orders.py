@@ -1,4 +1,9 @@
-"""Digits learned by rules of falling order: backprop, noise on units, noise on weights."""
+"""Digits learned by rules of falling order: backprop, noise on units, noise on weights.
+
+The pixels are standardised: then the grids of step sizes hold the best one of every route, with a worse one
+above. With pixels that are only centred, node perturbation and SPSA are best at the ends of theirs, and SPSA
+comes close to 95 % or passes it. That and raw pixels are rows of their own, reported and not hidden.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +53,7 @@ class Order:
     factor: float = 1.0
 
 
-GRADIENT = (0.03, 0.1, 0.3)
+GRADIENT = (0.3, 1.0, 3.0)
 UNITS = (0.01, 0.03, 0.1)
 WEIGHTS = (0.001, 0.003, 0.01)
 SIZE = 64 * WIDTH + WIDTH * 10
@@ -167,15 +172,12 @@ def choose_learning_rate(order: Order, steps: int, seed: int) -> dict[str, Any]:
     return {"learning_rate": best, "held_out": {str(rate): value for rate, value in scores.items()}}
 
 
-def learn(
-    order: Order, learning_rate: float, steps: int, seed: int, tick: Callable[[], Any] = lambda: None
-) -> dict[str, Any]:
+def learn(order: Order, learning_rate: float, steps: int, seed: int) -> dict[str, Any]:
     """Train on all training digits; test accuracy at the end, and at every hundredth step on the way."""
     data = prepared(order.inputs)
     curve: list[tuple[int, float]] = []
 
     def watch(step: int, model: nn.Module) -> None:
-        tick()
         if step % EVERY == 0:
             curve.append((step, accuracy(model, data.test_inputs, data.test_labels)))
 
@@ -229,7 +231,7 @@ def claims(found: Mapping[str, Sequence[Mapping[str, Any]]], *, decisive: bool) 
         ),
         ("node perturbation is at least 2 points ahead of SPSA", units - weights, units - weights >= 2),
         (
-            "forward gradient and central SPSA lie within 2 points at equal step size",
+            "forward gradient and central SPSA lie within 2 points at equal step size (same directions)",
             abs(forward - weights),
             abs(forward - weights) <= 2,
         ),

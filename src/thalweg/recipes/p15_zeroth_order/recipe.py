@@ -6,12 +6,12 @@ training data of the run's first seed; the test data choose nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal
 
 from thalweg.errors import ArgumentError, require_integer
-from thalweg.lab import Claim, Lab
+from thalweg.lab import Claim, Job, Lab
 from thalweg.recipes.p15_zeroth_order import figures, objective, orders, tables
 
 Panel = Literal["orders", "mezo", "neuro", "objective"]
@@ -58,24 +58,29 @@ def run(config: Config, lab: Lab) -> list[Claim]:
 
 def _orders(config: Config, lab: Lab) -> list[Claim]:
     rows, first = orders.orders(), lab.seeds[0]
-    rates: dict[str, float] = {}
+    searched = [row for row in rows if row.learning_rate_of is None]
+    chosen = _cells(
+        lab,
+        [
+            Job(
+                f"orders: step size of {row.name}",
+                first,
+                orders.choose_learning_rate,
+                (row, config.orders_search, first),
+            )
+            for row in searched
+        ],
+    )
+    rates = {row.name: found["learning_rate"] for row, found in zip(searched, chosen, strict=True)}
     for row in rows:
         if row.learning_rate_of is not None:
             rates[row.name] = rates[row.learning_rate_of] * row.factor
-            continue
-        choose = partial(orders.choose_learning_rate, row, config.orders_search, first)
-        rates[row.name] = lab.cell(f"orders: step size of {row.name}", choose, seed=first)["learning_rate"]
-
-    def trained(row: orders.Order, seed: int) -> dict[str, Any]:
-        ticker = lab.progress(config.orders_steps, row.name)
-        return orders.learn(row, rates[row.name], config.orders_steps, seed, ticker)
-
-    found = {
-        row.name: [
-            lab.cell(f"orders: {row.name}", partial(trained, row, seed), seed=seed) for seed in lab.seeds
-        ]
+    jobs = [
+        Job(f"orders: {row.name}", seed, orders.learn, (row, rates[row.name], config.orders_steps, seed))
         for row in rows
-    }
+        for seed in lab.seeds
+    ]
+    found = _by_row([row.name for row in rows], _cells(lab, jobs))
     costs = lab.cell("orders: costs", lambda: {row.name: orders.step_cost(row) for row in rows}, seed=first)
     tables.orders(lab, found, costs, config.orders_steps)
     lab.figure(
@@ -99,21 +104,24 @@ def _orders(config: Config, lab: Lab) -> list[Claim]:
 
 def _objective(config: Config, lab: Lab) -> list[Claim]:
     rows, first, steps = objective.objectives(), lab.seeds[0], config.objective_steps
-    rates = {}
-    for row in rows:
-        choose = partial(objective.choose_learning_rate, row, steps, first)
-        rates[row.name] = lab.cell(f"objective: step size of {row.name}", choose, seed=first)["learning_rate"]
-    found = {
-        row.name: [
-            lab.cell(
-                f"objective: {row.name}",
-                partial(objective.optimise, row, rates[row.name], steps, seed),
-                seed=seed,
+    chosen = _cells(
+        lab,
+        [
+            Job(
+                f"objective: step size of {row.name}",
+                first,
+                objective.choose_learning_rate,
+                (row, steps, first),
             )
-            for seed in lab.seeds
-        ]
-        for row in rows
-    }
+            for row in rows
+        ],
+    )
+    jobs = [
+        Job(f"objective: {row.name}", seed, objective.optimise, (row, rate["learning_rate"], steps, seed))
+        for row, rate in zip(rows, chosen, strict=True)
+        for seed in lab.seeds
+    ]
+    found = _by_row([row.name for row in rows], _cells(lab, jobs))
     tables.objective(lab, found)
     lab.figure(
         "objective",
@@ -122,3 +130,13 @@ def _objective(config: Config, lab: Lab) -> list[Claim]:
         "after; dashed: controls.",
     )
     return objective.claims(found, decisive=lab.preset != "smoke")
+
+
+def _cells(lab: Lab, jobs: Sequence[Job]) -> list[Any]:
+    # a run of seconds would spend more of them on starting workers
+    return lab.cells(jobs, workers=1 if lab.preset == "smoke" else None)
+
+
+def _by_row(names: Sequence[str], results: Sequence[Any]) -> dict[str, list[Any]]:
+    each = len(results) // len(names)
+    return {name: list(results[each * index :][:each]) for index, name in enumerate(names)}
