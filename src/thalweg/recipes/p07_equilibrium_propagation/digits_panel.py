@@ -139,7 +139,7 @@ def watch_gradients(
         By gradient, one row for each epoch, of one cosine for each link's weights.
     """
     x, y = data.train_inputs[:WATCHED_EXAMPLES], data.train_labels[:WATCHED_EXAMPLES]
-    truth = Route("", Implicit("gmres", 1e-6))
+    truth = Route("", Implicit("gmres", 1e-5, max_steps=1000))
     cosines: dict[str, list[list[float]]] = {name: [] for name in WATCHED}
 
     def weights(route: Route, of: Training) -> list[Tensor]:

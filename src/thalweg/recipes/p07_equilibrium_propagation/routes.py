@@ -103,7 +103,7 @@ def routes() -> tuple[Route, ...]:
         Route("contrastive learning", Coupled(1.0, "positive")),
         Route(THROUGH_TIME, Backprop()),
         Route(f"backprop through the last {NUDGED} steps", Backprop(), last=NUDGED),
-        Route("implicit gradient", Implicit(tolerance=1e-4)),
+        Route("implicit gradient", Implicit(tolerance=1e-4, max_steps=1000)),
         Route("backprop through one step", OneStep()),
         Route(TWIN, None, rate=TWIN_RATE),
         Route(TWIN_LONGER, None, equal_operations=True, rate=TWIN_RATE),
