@@ -39,9 +39,9 @@ def test_smoke_decides_nothing_that_takes_training(finished: Path) -> None:
     assert len(claims["claims"]) >= 20
 
 
-def test_smoke_draws_the_figures_of_both_panels(finished: Path) -> None:
+def test_smoke_draws_the_figures_of_the_panels(finished: Path) -> None:
     names = {path.stem for path in (finished / "figures").iterdir()}
-    assert {"orders", "orders_learning", "preparation", "objective"} <= names
+    assert {"orders", "orders_learning", "preparation", "neuro", "objective"} <= names
 
 
 def _accuracies(**changed: float) -> dict[str, list[dict[str, Any]]]:

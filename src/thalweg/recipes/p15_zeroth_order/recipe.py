@@ -1,7 +1,8 @@
 """Which order of derivative to buy: the same tasks by backprop, by one forward derivative, by values alone.
 
-Panels: digits by every order of derivative; an objective that has none. Step sizes are chosen on held-out
-training data of the run's first seed; the test data choose nothing.
+Panels: digits by every order of derivative; adaptation by intrinsic noise; an objective without a
+derivative. Step sizes are chosen on held-out training data of the run's first seed; the test data choose
+nothing.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from typing import Any, ClassVar, Literal
 
 from thalweg.errors import ArgumentError, require_integer
 from thalweg.lab import Claim, Job, Lab
-from thalweg.recipes.p15_zeroth_order import figures, objective, orders, tables
+from thalweg.recipes.p15_zeroth_order import figures, figures_neuro, neuro, objective, orders, tables
 
-Panel = Literal["orders", "mezo", "neuro", "objective"]
-PANELS: tuple[Panel, ...] = ("orders", "mezo", "neuro", "objective")
+Panel = Literal["orders", "neuro", "objective"]
+PANELS: tuple[Panel, ...] = ("orders", "neuro", "objective")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,19 +24,32 @@ class Config:
     """The fields of the recipe.
 
     Args:
-        panels: which parts to run, of "orders", "mezo", "neuro", "objective".
+        panels: which parts to run, of "orders", "neuro", "objective".
         orders_steps: of each row of the panel of orders.
         orders_search: steps of each run that chooses a step size there.
+        neuro_ticks: of adaptation on the toy.
+        neuro_tracking_ticks: of adaptation while it tracks signals.
+        neuro_trials: of adaptation on the cart-pole.
         objective_steps: on the number of wrong answers, and of each run that chooses a step size for it.
     """
 
     panels: tuple[Panel, ...] = PANELS
     orders_steps: int = 4000
     orders_search: int = 2000
+    neuro_ticks: int = 4000
+    neuro_tracking_ticks: int = 10000
+    neuro_trials: int = 300
     objective_steps: int = 500
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
-        "smoke": {"orders_steps": 10, "orders_search": 5, "objective_steps": 5},
+        "smoke": {
+            "orders_steps": 10,
+            "orders_search": 5,
+            "neuro_ticks": 40,
+            "neuro_tracking_ticks": 40,
+            "neuro_trials": 2,
+            "objective_steps": 5,
+        },
         "small": {},
     }
 
@@ -44,6 +58,8 @@ class Config:
             raise ArgumentError("panels", self.panels, f"some of {', '.join(PANELS)}")
         for name in ("orders_steps", "orders_search", "objective_steps"):
             require_integer(name, getattr(self, name), 1)
+        for name in ("neuro_ticks", "neuro_tracking_ticks", "neuro_trials"):
+            require_integer(name, getattr(self, name), 1)
 
 
 def run(config: Config, lab: Lab) -> list[Claim]:
@@ -51,6 +67,8 @@ def run(config: Config, lab: Lab) -> list[Claim]:
     judged: list[Claim] = []
     if "orders" in config.panels:
         judged += _orders(config, lab)
+    if "neuro" in config.panels:
+        judged += _neuro(config, lab)
     if "objective" in config.panels:
         judged += _objective(config, lab)
     return judged
@@ -100,6 +118,30 @@ def _orders(config: Config, lab: Lab) -> list[Claim]:
         "How the pixels are prepared decides how far noise gets: correlated inputs hurt it, not backprop.",
     )
     return orders.claims(found, decisive=lab.preset != "smoke")
+
+
+def _neuro(config: Config, lab: Lab) -> list[Claim]:
+    tasks = (
+        ("toy", neuro.toy, config.neuro_ticks),
+        ("tracking", neuro.track, config.neuro_tracking_ticks),
+        ("cart-pole", neuro.balance, config.neuro_trials),
+    )
+    jobs = [
+        Job(f"neuro: {task}, {route}", seed, function, (route, ticks, seed))
+        for task, function, ticks in tasks
+        for route in neuro.ROUTES
+        for seed in lab.seeds
+    ]
+    results = _cells(lab, jobs)
+    each = len(results) // len(tasks)
+    toys, tracked, poles = (_by_row(neuro.ROUTES, results[each * index :][:each]) for index in range(3))
+    lab.figure(
+        "neuro",
+        figures_neuro.neuro_figure(toys, tracked, poles),
+        "Adaptation by intrinsic noise, one reward a tick and no derivative: above what the means are worth "
+        "while they learn (pale: further seeds), below the first seed at work.",
+    )
+    return neuro.claims(toys, tracked, poles, decisive=lab.preset != "smoke")
 
 
 def _objective(config: Config, lab: Lab) -> list[Claim]:
