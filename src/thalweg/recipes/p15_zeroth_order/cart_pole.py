@@ -32,7 +32,7 @@ def balanced(weights: Tensor, state: Tensor, seconds: float) -> tuple[Tensor, Te
     up = torch.ones(len(state), dtype=torch.bool)
     steps, stood, angles = round(seconds / STEP), torch.zeros(len(state)), []
     for _ in range(steps):
-        push = PUSH * (state / torch.tensor(SCALES) @ weights[:4] + weights[4]).clamp(-1, 1)
+        push = PUSH * (state / state.new_tensor(SCALES) @ weights[:4] + weights[4]).clamp(-1, 1)
         state = _moved(state, push)
         up = up & (state[:, 0].abs() < EDGE) & (state[:, 2].abs() < TILT)
         stood += up

@@ -17,6 +17,7 @@ from torch import Tensor
 import thalweg as tw
 from thalweg.lab import Claim
 from thalweg.recipes.p15_zeroth_order import cart_pole
+from thalweg.recipes.p15_zeroth_order.orders import SOURCE
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 ROUTES = ("adaptation", "control: no reward modulation", "control: shuffled reward")
@@ -173,7 +174,7 @@ def claims(toys: Results, tracked: Results, poles: Results, *, decisive: bool) -
     found = [
         Claim(
             f"Ornstein-Uhlenbeck adaptation on the toy: final ||mu - t|| {limit}",
-            None,
+            SOURCE,
             statistics.fmean(values),
             _spread(values),
             holds if decisive else None,

@@ -1,6 +1,7 @@
 """Which order of derivative to buy: the same tasks by backprop, by one forward derivative, by values alone.
 
-Panels: digits by every order of derivative; adaptation by intrinsic noise; an objective without a
+Panels: digits by every order of derivative; a language model fine-tuned by forward passes; adaptation by
+intrinsic noise; an objective without a
 derivative. Step sizes are chosen on held-out training data of the run's first seed; the test data choose
 nothing.
 """
@@ -9,14 +10,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
+
+from safetensors.torch import load_file
 
 from thalweg.errors import ArgumentError, require_integer
 from thalweg.lab import Claim, Job, Lab
-from thalweg.recipes.p15_zeroth_order import figures, figures_neuro, neuro, objective, orders, tables
+from thalweg.recipes.p15_zeroth_order import (
+    figures,
+    figures_mezo,
+    figures_neuro,
+    language_model,
+    memory,
+    mezo,
+    neuro,
+    objective,
+    orders,
+    tables,
+)
 
-Panel = Literal["orders", "neuro", "objective"]
-PANELS: tuple[Panel, ...] = ("orders", "neuro", "objective")
+Panel = Literal["orders", "mezo", "neuro", "objective"]
+PANELS: tuple[Panel, ...] = ("orders", "mezo", "neuro", "objective")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,9 +39,11 @@ class Config:
     """The fields of the recipe.
 
     Args:
-        panels: which parts to run, of "orders", "neuro", "objective".
+        panels: which parts to run, of "orders", "mezo", "neuro", "objective".
         orders_steps: of each row of the panel of orders.
         orders_search: steps of each run that chooses a step size there.
+        mezo_pretraining: steps of Adam by which the language model gets its weights.
+        mezo_adam_steps: of the reference in fine-tuning; MeZO evaluates the loss 50 times as often.
         neuro_ticks: of adaptation on the toy.
         neuro_tracking_ticks: of adaptation while it tracks signals.
         neuro_trials: of adaptation on the cart-pole.
@@ -36,15 +53,19 @@ class Config:
     panels: tuple[Panel, ...] = PANELS
     orders_steps: int = 4000
     orders_search: int = 2000
+    mezo_pretraining: int = 1000
+    mezo_adam_steps: int = 50
     neuro_ticks: int = 4000
     neuro_tracking_ticks: int = 10000
-    neuro_trials: int = 300
+    neuro_trials: int = 600
     objective_steps: int = 500
 
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "smoke": {
             "orders_steps": 10,
             "orders_search": 5,
+            "mezo_pretraining": 5,
+            "mezo_adam_steps": 1,
             "neuro_ticks": 40,
             "neuro_tracking_ticks": 40,
             "neuro_trials": 2,
@@ -58,6 +79,8 @@ class Config:
             raise ArgumentError("panels", self.panels, f"some of {', '.join(PANELS)}")
         for name in ("orders_steps", "orders_search", "objective_steps"):
             require_integer(name, getattr(self, name), 1)
+        for name in ("mezo_pretraining", "mezo_adam_steps"):
+            require_integer(name, getattr(self, name), 1)
         for name in ("neuro_ticks", "neuro_tracking_ticks", "neuro_trials"):
             require_integer(name, getattr(self, name), 1)
 
@@ -67,6 +90,8 @@ def run(config: Config, lab: Lab) -> list[Claim]:
     judged: list[Claim] = []
     if "orders" in config.panels:
         judged += _orders(config, lab)
+    if "mezo" in config.panels:
+        judged += _mezo(config, lab)
     if "neuro" in config.panels:
         judged += _neuro(config, lab)
     if "objective" in config.panels:
@@ -118,6 +143,36 @@ def _orders(config: Config, lab: Lab) -> list[Claim]:
         "How the pixels are prepared decides how far noise gets: correlated inputs hurt it, not backprop.",
     )
     return orders.claims(found, decisive=lab.preset != "smoke")
+
+
+def _mezo(config: Config, lab: Lab) -> list[Claim]:
+    def pretrain(seed: int) -> dict[str, float]:
+        model = mezo.pretrain(
+            seed, config.mezo_pretraining, lab.progress(config.mezo_pretraining, "pretraining")
+        )
+        lab.save(f"language_model_{seed}", model.state_dict())
+        return {"held_out": mezo.judge(model, language_model.corpus(seed).held_out)}
+
+    for seed in lab.seeds:
+        lab.cell("mezo: pretraining", partial(pretrain, seed), seed=seed)
+    weights = {
+        seed: load_file(lab.out / "weights" / f"language_model_{seed}.safetensors") for seed in lab.seeds
+    }
+    jobs = [
+        Job(f"mezo: {route.name}", seed, mezo.fine_tune, (route, weights[seed], config.mezo_adam_steps, seed))
+        for route in mezo.ROUTES
+        for seed in lab.seeds
+    ]
+    found = _by_row([route.name for route in mezo.ROUTES], _cells(lab, jobs))
+    bytes_of = lab.cell("mezo: memory", memory.memory, seed=lab.seeds[0])
+    tables.mezo(lab, found, bytes_of)
+    lab.figure(
+        "mezo",
+        figures_mezo.mezo_figure(found, bytes_of),
+        "A pretrained language model learns a new way of writing from forward passes alone (mean and range "
+        "over seeds; hollow: from random weights, and a control), in the memory of inference.",
+    )
+    return [*mezo.claims(found, decisive=lab.preset != "smoke"), *memory.claims(bytes_of)]
 
 
 def _neuro(config: Config, lab: Lab) -> list[Claim]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from thalweg.lab import Lab
+from thalweg.recipes.p15_zeroth_order.mezo import recovered
 from thalweg.recipes.p15_zeroth_order.orders import after
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
@@ -39,6 +40,25 @@ def orders(lab: Lab, found: Results, costs: Mapping[str, Mapping[str, int]], ste
     columns += ["at backprop's evaluations", "at backprop's operations"]
     columns += ["evaluations a step", "operations a step", "bytes kept for backward", "peak bytes"]
     lab.table("Digits, 64-64-10, 4736 weights: mean over seeds", columns, rows)
+
+
+def mezo(lab: Lab, found: Results, memory: Sequence[Mapping[str, int]]) -> None:
+    """Losses of fine-tuning, what was recovered of Adam's drop, and bytes of a step."""
+    rows = []
+    for name, shares in recovered(found).items():
+        results = found[name]
+        start, final = (statistics.fmean(each[key] for each in results) for key in ("start", "final"))
+        row = [name, results[0]["learned"], results[0]["evaluations"], round(start, 3), round(final, 3)]
+        rows.append([*row, round(start - final, 3), round(statistics.fmean(shares), 1), results[0]["sample"]])
+    columns = ["row", "weights that learn", "forward evaluations", "test loss before", "after", "drop"]
+    columns += ["% of Adam's drop from the pretrained start", "what it writes (first seed)"]
+    lab.table("A new way of writing, losses in nats a letter: mean over seeds", columns, rows)
+    columns = ["batch", "length", "inference", "MeZO", "backprop"]
+    lab.table(
+        "Bytes of the weights and of the peak beside them",
+        columns,
+        [[row[column] for column in columns] for row in memory],
+    )
 
 
 def objective(lab: Lab, found: Results) -> None:
