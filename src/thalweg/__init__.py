@@ -63,7 +63,7 @@ from thalweg.stochastic import (
 )
 
 if TYPE_CHECKING:
-    from thalweg import doctor, flows, problems
+    from thalweg import attacks, doctor, flows, local, problems
     from thalweg.comparison import compare
 
 __version__ = "0.1.0"
@@ -117,6 +117,7 @@ __all__ = [
     "Streamed",
     "Truncated",
     "all_reduce_gradients_",
+    "attacks",
     "backward",
     "compare",
     "cost",
@@ -127,6 +128,7 @@ __all__ = [
     "flows",
     "gates",
     "integrate",
+    "local",
     "minimize",
     "price",
     "problems",
@@ -138,7 +140,7 @@ def __getattr__(name: str) -> Any:
     # the upper floors are loaded at first use, so that the import stays as quick as torch's
     from importlib import import_module
 
-    if name in ("doctor", "flows", "problems"):
+    if name in ("attacks", "doctor", "flows", "local", "problems"):
         return import_module(f"thalweg.{name}")
     if name == "compare":
         return import_module("thalweg.comparison").compare

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from thalweg.errors import (
     ArgumentError,
@@ -299,7 +300,9 @@ def _reaches(loss: Tensor, parameters: Sequence[Tensor]) -> bool:
 
 def draw_key() -> Key:
     """A `Key` taken from torch's default CPU generator, so that `torch.manual_seed` governs it."""
-    return Key(seed=int(fresh_key(torch.empty(0))))
+    # under no mode of the caller's: a seed is a number even where tensors are fake
+    with _disable_current_modes():
+        return Key(seed=int(fresh_key(torch.empty(0))))
 
 
 def _not_a_rule(rule: object) -> str:

@@ -50,3 +50,20 @@ def test_every_point_lies_within_the_axes(kept: tuple[int, ...]) -> None:
     for axes, values in zip(figure.axes, (kept, (2, 2)), strict=True):
         low, high = axes.get_xlim()
         assert all(low < value < high for value in values)
+
+
+def test_many_names_stay_beside_their_panel_and_apart() -> None:
+    """Networks of many routes have a panel each, the others share one; no name leaves it or meets another."""
+    networks = ["smooth"] * 14 + ["hard units"] * 12 + ["blocks"] * 3 + ["energy"] * 3
+    found = [
+        Row(f"route {index}", network, accuracy=0.98 if index % 3 else 0.1, saved_bytes=index, evaluations=1)
+        for index, network in enumerate(networks)
+    ]
+    figure = accuracy_against_cost(found, [])
+    assert len(figure.axes) == 6
+    named = [[text.xyann[1] for text in axes.texts] for axes in figure.axes]
+    assert [len(places) for places in named] == [14, 12, 6] * 2
+    for places in named:
+        assert all(0 <= place <= 105 for place in places)
+        ordered = sorted(places)
+        assert all(high - low > 3.5 for low, high in zip(ordered, ordered[1:]))

@@ -1,20 +1,30 @@
-"""The routes by which digits are learned: those of the smooth network, and those through hard units."""
+"""The routes by which digits are learned: of a smooth network, through hard units, block by block."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from thalweg.blackbox import PGPE, SPSA, EvolutionStrategies, ForwardGradient, NodePerturbation
 from thalweg.comparison.classifiers import HardClassifier, SmoothClassifier
+from thalweg.comparison.learners import (
+    AlignedClassifier,
+    BlocksClassifier,
+    DenoisingClassifier,
+    EnergyClassifier,
+    SettlingClassifier,
+)
 from thalweg.comparison.training import NoiseOfEqualNorm, Route
+from thalweg.local import DirectFeedbackAlignment, FeedbackAlignment, SignSymmetry
+from thalweg.local.alignment import Feedback
 from thalweg.step import Backprop
 from thalweg.stochastic import REBAR, Concrete, DisARM, MinimumVariance, ScoreFunction, StraightThrough
 
 
 def all_routes() -> tuple[Route, ...]:
     """Every route, each beside the exact gradient of its own network."""
-    return _smooth_routes() + _hard_routes()
+    return _smooth_routes() + _hard_routes() + _learner_routes()
 
 
 def _smooth_routes() -> tuple[Route, ...]:
@@ -74,4 +84,64 @@ def _hard_routes() -> tuple[Route, ...]:
         Route("rebar", rule=REBAR(), **losses | {"needs": "relaxed losses"}),
         Route("decoder-only", build=units("cut"), control=True, **through),
         Route("noise-hard", build=units("expected"), control=True, **through | {"rule": NoiseOfEqualNorm()}),
+    )
+
+
+def _learner_routes() -> tuple[Route, ...]:
+    """The learners, each after the twin that sends a gradient through the same parameters."""
+    local: dict[str, Any] = {"needs": "losses of blocks", "rule": Backprop(), "learner": True}
+    exact: dict[str, Any] = {"needs": "backward", "rule": Backprop(), "unbiased": True}
+    smooth = local | {"network": "smooth", "reference": "backprop"}
+    blocks: dict[str, Any] = {"network": "blocks", "reference": "blocks-backprop"}
+    energy: dict[str, Any] = {"network": "energy", "reference": "backprop-through-time"}
+    denoising: dict[str, Any] = {"network": "denoising", "reference": "denoising-backprop"}
+
+    def aligned(feedback: Feedback) -> Callable[[int, int], AlignedClassifier]:
+        return lambda inputs, classes: AlignedClassifier(inputs, classes, feedback)
+
+    return (
+        Route(
+            "feedback-alignment", build=aligned(FeedbackAlignment()), **smooth | {"needs": "fixed feedback"}
+        ),
+        Route(
+            "direct-feedback",
+            build=aligned(DirectFeedbackAlignment()),
+            **smooth | {"needs": "fixed feedback"},
+        ),
+        Route("sign-symmetry", build=aligned(SignSymmetry()), **smooth | {"needs": "signs of weights"}),
+        Route("predictive-coding", build=SettlingClassifier, **smooth | {"needs": "neighbours' errors"}),
+        Route("blocks-backprop", build=BlocksClassifier, **blocks | exact),
+        Route("blocks-local", build=partial(BlocksClassifier, learns="local"), **blocks | local),
+        Route(
+            "forward-forward",
+            build=partial(BlocksClassifier, learns="forward-forward"),
+            other_objective=True,
+            **blocks | local,
+        ),
+        Route(
+            "readouts-only",
+            needs="backward",
+            rule=Backprop(),
+            build=partial(BlocksClassifier, learns="readouts"),
+            control=True,
+            **blocks,
+        ),
+        Route("backprop-through-time", build=EnergyClassifier, **energy | exact),
+        Route(
+            "equilibrium-propagation",
+            build=partial(EnergyClassifier, learns="equilibrium"),
+            **energy | local | {"needs": "relaxations"},
+        ),
+        Route(
+            "coupled-learning",
+            build=partial(EnergyClassifier, learns="coupled"),
+            **energy | local | {"needs": "relaxations"},
+        ),
+        Route("denoising-backprop", build=DenoisingClassifier, other_objective=True, **denoising | exact),
+        Route(
+            "noprop",
+            build=partial(DenoisingClassifier, learns="noprop"),
+            other_objective=True,
+            **denoising | local,
+        ),
     )

@@ -19,6 +19,7 @@ def measure(
     reference: Rule | Sequence[Tensor] | None,
     *,
     judged: Sequence[Tensor] | None = None,
+    faithful: bool = True,
     standard_error: float = 0.05,
     limit: int = 60_000,
     seconds: float | None = None,
@@ -31,6 +32,7 @@ def measure(
         rule: fills `.grad`; None for backprop, or for what the step's own learner does.
         reference: the exact gradient, or the rule that computes it.
         judged: the parameters whose gradient is held against the exact one; all of the step's by default.
+        faithful: hold it against the exact gradient; False for what follows another objective.
         standard_error: draw until the bias is known this well.
         limit: at most this many draws ...
         seconds: ... and no more than fit into about this time, but at least 8; None for any time.
@@ -47,6 +49,8 @@ def measure(
         "peak_bytes": price.peak_bytes,
         "ms_per_step": price.milliseconds,
     }
+    if not faithful:
+        return found
     if seconds is not None:
         limit = max(8, min(limit, int(1000 * seconds / max(price.milliseconds, 1e-3))))
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from thalweg.comparison.rows import Row
@@ -15,8 +16,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 # Okabe and Ito's palette: told apart by readers of every colour vision, and the markers differ too
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")
-_MARKERS = ("o", "s", "^", "D")
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+_MARKERS = ("o", "s", "^", "D", "v")
+_FEW = 5
 
 
 def accuracy_against_cost(rows: Collection[Row], controls: Collection[str]) -> Figure:
@@ -35,28 +37,40 @@ def accuracy_against_cost(rows: Collection[Row], controls: Collection[str]) -> F
         raise MissingExtraError("matplotlib", "recipes") from None
     shown = [row for row in rows if row.accuracy is not None]
     networks = list(dict.fromkeys(row.network for row in shown))
-    styles = dict(zip(networks, zip(_COLOURS, _MARKERS)))
-    figure = Figure(figsize=(12.5, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for panel, field, label in (
-        (left, "saved_bytes", "kept for the backward pass"),
-        (right, "evaluations", "forward evaluations a step"),
-    ):
-        points = [(getattr(row, field), row) for row in shown if getattr(row, field) is not None]
-        for value, row in points:
-            _point(panel, value, row, *styles[row.network], hollow=row.route in controls)
-        _scale(panel, [value for value, _ in points], "B" if field == "saved_bytes" else "")
-        panel.set_xlabel(label)
-        panel.set_ylim(0, 103)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-        _name_points(panel, points)
-    left.set_ylabel("test accuracy (%)")
+    styles = dict(zip(networks, zip(itertools.cycle(_COLOURS), itertools.cycle(_MARKERS))))
+    groups = _groups(shown, networks) or [set()]
+    # a name takes its line: more routes, higher panels
+    lines = max((sum(row.network in group for row in shown) for group in groups), default=1)
+    size = (0.6 + 6.0 * len(groups), 2 * max(3.6, 0.27 * lines))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(2, len(groups), sharey=True, squeeze=False)
+    costs = (("saved_bytes", "kept for the backward pass"), ("evaluations", "forward evaluations a step"))
+    for (field, label), line in zip(costs, panels, strict=True):
+        for group, panel in zip(groups, line):
+            found = [row for row in shown if row.network in group]
+            points = [(getattr(row, field), row) for row in found if getattr(row, field) is not None]
+            for value, row in points:
+                _point(panel, value, row, *styles[row.network], hollow=row.route in controls)
+            _scale(panel, [value for value, _ in points], "B" if field == "saved_bytes" else "")
+            panel.set_xlabel(label)
+            panel.set_ylim(0, 103)
+            panel.grid(alpha=0.25)
+            panel.spines[["top", "right"]].set_visible(False)
+            _name_points(panel, points)
+        line[0].set_ylabel("test accuracy (%)")
     for network, (colour, marker) in styles.items():
-        left.plot([], [], marker, color=colour, label=f"{network} network")
-    left.plot([], [], "o", color="#555555", markerfacecolor="none", label="control")
+        panels[0][0].plot([], [], marker, color=colour, label=f"{network} network")
+    panels[0][0].plot([], [], "o", color="#555555", markerfacecolor="none", label="control")
     figure.legend(frameon=False, loc="outside upper left", ncols=len(networks) + 1)
     return figure
+
+
+def _groups(rows: Collection[Row], networks: Sequence[str]) -> list[set[str]]:
+    """Which networks share a panel: one of many routes has its own, those of few routes come together."""
+    count = {network: sum(row.network == network for row in rows) for network in networks}
+    large = [{network} for network in networks if count[network] > _FEW]
+    small = {network for network in networks if count[network] <= _FEW}
+    return large + ([small] if small else [])
 
 
 def error_against_bytes(rows: Collection[Any]) -> Figure:
@@ -133,13 +147,18 @@ def _point(panel: Axes, value: float, row: Row, colour: str, marker: str, *, hol
 
 def _name_points(panel: Axes, points: list[tuple[float, Row]]) -> None:
     """Write each name at the right edge, moved apart where accuracies nearly coincide."""
-    place = 108.0
-    for value, row in sorted(points, key=lambda pair: -(pair[1].accuracy or 0.0)):
-        height = 100 * (row.accuracy or 0.0)
-        place = min(height, place - 4.2)
+    ordered = sorted(points, key=lambda pair: -(pair[1].accuracy or 0.0))
+    apart = min(7.0, 104.0 / max(len(ordered), 1))
+    places: list[float] = []
+    for index, (_, row) in enumerate(ordered):
+        # never so low that the names still to come have no room
+        room = apart * (len(ordered) - 1 - index)
+        place = max(100 * (row.accuracy or 0.0), room)
+        places.append(min(place, places[-1] - apart if places else 104.0))
+    for place, (value, row) in zip(places, ordered, strict=True):
         panel.annotate(
             row.route,
-            (value, height),
+            (value, 100 * (row.accuracy or 0.0)),
             xytext=(1.02, place),
             textcoords=panel.get_yaxis_transform(),
             fontsize=8,

@@ -12,6 +12,7 @@ COLUMNS = (
     "route",
     "network",
     "accuracy",
+    "equal operations",
     "cosine",
     "norm ratio",
     "bias ± se",
@@ -35,6 +36,8 @@ class Row:
         reference: where the exact gradient comes from that it is held against.
         accuracy: of the trained network on data it has not seen, in [0, 1]; mean over seeds.
         accuracy_sd: standard deviation of the accuracy over seeds.
+        accuracy_equal_operations: after as many operations as the reference spent, in place of as many steps;
+            mean over seeds.
         cosine: between one draw of the route's gradient and the exact one, mean over draws.
         cosine_by_layer: the same by layer.
         norm_ratio: norm of one draw over the norm of the exact gradient, mean over draws.
@@ -57,6 +60,7 @@ class Row:
     reference: str | None = None
     accuracy: float | None = None
     accuracy_sd: float | None = None
+    accuracy_equal_operations: float | None = None
     cosine: float | None = None
     cosine_by_layer: dict[str, float] | None = None
     norm_ratio: float | None = None
@@ -86,6 +90,9 @@ class Row:
             "route": self.route,
             "network": self.network,
             "accuracy": accuracy,
+            "equal operations": "-"
+            if self.accuracy_equal_operations is None
+            else f"{100 * self.accuracy_equal_operations:.1f} %",
             "cosine": short(self.cosine),
             "norm ratio": short(self.norm_ratio),
             "bias ± se": bias,

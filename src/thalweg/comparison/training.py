@@ -6,6 +6,7 @@ import copy
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,9 @@ class Route:
         rule: fills `.grad`.
         unbiased: whether the mean of its gradient must be the exact one.
         control: whether the row is there to be beaten.
+        learner: whether it has no global backward; it is then trained at equal operations, too.
+        other_objective: whether it does not follow the gradient of its reference's loss, so that none is
+            held against the other.
     """
 
     name: str
@@ -43,6 +47,8 @@ class Route:
     rule: Rule
     unbiased: bool = False
     control: bool = False
+    learner: bool = False
+    other_objective: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +104,21 @@ def train(
             group["lr"] = learning_rate * (1 - step / steps)
         optimizer.zero_grad()
         closure = _losses(network, inputs[chosen], labels[chosen])
-        backward(closure, network.parameters(), gradient=rule, key=Key(seed, step))
+        if route.learner:
+            _learn(closure())
+        else:
+            backward(closure, network.parameters(), gradient=rule, key=Key(seed, step))
         optimizer.step()
     return network
+
+
+def _learn(found: Any) -> None:
+    """Fill `.grad` as the learner does: by its phases, or from losses whose gradient it has changed."""
+    if isinstance(found, Tensor):
+        found.mean().backward()
+        return
+    for phase in found:
+        phase.backward()
 
 
 def _losses(network: nn.Module, inputs: Tensor, labels: Tensor) -> Closure:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -49,7 +51,7 @@ class Config:
 
     data: Literal["digits", "mnist"] = "digits"
     routes: tuple[str, ...] = ()
-    steps: int = 1000
+    steps: int = 500
     seeds: int = 3
     seed: int = 0
     batch: int = 64
@@ -73,18 +75,19 @@ def run(config: Config, lab: Lab) -> tuple[Comparison, list[Claim]]:
     data = _data(config)
     routes = [route for route in all_routes() if not config.routes or route.name in config.routes]
     names = [route.name for route in routes]
-    seeds = range(config.seed, config.seed + config.seeds)
-    lab.plan(len(routes) * (2 + config.seeds))
+    learners = sum(route.learner for route in routes)
+    lab.plan(len(routes) * (2 + config.seeds) + learners * config.seeds)
     tuned = lab.cells([Job(f"tune {name}", config.seed, _tune, (name, config)) for name in names])
     rates = {name: found["learning_rate"] for name, found in zip(names, tuned, strict=True)}
-    runs = [(name, seed) for name in names for seed in seeds]
-    trained = lab.cells(
-        [Job(f"train {name}", seed, _train, (name, rates[name], seed, config)) for name, seed in runs]
-    )
-    scores = {run: found["accuracy"] for run, found in zip(runs, trained, strict=True)}
-    rows = tuple(
-        _row(route, [scores[route.name, seed] for seed in seeds], data, config, lab) for route in routes
-    )
+    # one after the other, so that nothing else runs while a step is timed
+    measured = {
+        route.name: lab.cell(
+            f"measure {route.name}", partial(_measure, route, data, config), seed=config.seed
+        )
+        for route in routes
+    }
+    scores = _scores(routes, rates, measured, config, lab)
+    rows = tuple(_row(route, scores, measured[route.name]) for route in routes)
     comparison = Comparison(
         task=f"classify {data.name}",
         verdict=verdict(rows, routes, data.name, config),
@@ -124,7 +127,7 @@ def _tune(name: str, config: Config) -> dict[str, Any]:
     rate, scores = choose_learning_rate(
         _named(name),
         _data(config),
-        steps=max(1, config.steps // 4),
+        steps=max(1, config.steps // 2),
         seed=config.seed,
         batch=config.batch,
         device=config.device,
@@ -132,13 +135,37 @@ def _tune(name: str, config: Config) -> dict[str, Any]:
     return {"learning_rate": rate, "held_out_accuracy": scores}
 
 
-def _train(name: str, learning_rate: float, seed: int, config: Config) -> dict[str, Any]:
+def _scores(
+    routes: Sequence[Route], rates: dict[str, float], measured: dict[str, Any], config: Config, lab: Lab
+) -> dict[str, dict[str, list[float]]]:
+    """Test accuracies by route, at equal steps and for learners at equal operations, one for each seed."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    asked: list[tuple[str, str, int]] = []
+    for route in routes:
+        asked.append((route.name, "train", config.steps))
+        twin = measured.get(route.reference)
+        if route.learner and twin is not None:
+            steps = round(config.steps * twin["operations"] / measured[route.name]["operations"])
+            asked.append((route.name, "train at equal operations", max(1, min(steps, 2 * config.steps))))
+    jobs = [
+        Job(f"{kind} {name}", seed, _train, (name, rates[name], steps, seed, config))
+        for name, kind, steps in asked
+        for seed in seeds
+    ]
+    found = iter(lab.cells(jobs))
+    scores: dict[str, dict[str, list[float]]] = {}
+    for name, kind, _ in asked:
+        scores.setdefault(name, {})[kind] = [next(found)["accuracy"] for _ in seeds]
+    return scores
+
+
+def _train(name: str, learning_rate: float, steps: int, seed: int, config: Config) -> dict[str, Any]:
     data = _data(config)
     network = train(
         _named(name),
         data,
         learning_rate=learning_rate,
-        steps=config.steps,
+        steps=steps,
         seed=seed,
         batch=config.batch,
         device=config.device,
@@ -146,22 +173,32 @@ def _train(name: str, learning_rate: float, seed: int, config: Config) -> dict[s
     return {"accuracy": accuracy(network, data.test_inputs, data.test_labels)}
 
 
-def _row(route: Route, scores: list[float], data: Classification, config: Config, lab: Lab) -> Row:
-    # one after the other, so that nothing else runs while a step is timed
-    measured = lab.cell(f"measure {route.name}", lambda: _measure(route, data, config), seed=config.seed)
+def _row(route: Route, scores: dict[str, dict[str, list[float]]], measured: dict[str, Any]) -> Row:
+    equal_steps = scores[route.name]["train"]
+    equal_operations = scores[route.name].get("train at equal operations")
     return Row(
         route=route.name,
         network=route.network,
         reference=route.reference,
         needs=route.needs,
-        accuracy=statistics.fmean(scores),
-        accuracy_sd=statistics.stdev(scores) if len(scores) > 1 else None,
+        accuracy=statistics.fmean(equal_steps),
+        accuracy_sd=statistics.stdev(equal_steps) if len(equal_steps) > 1 else None,
+        accuracy_equal_operations=statistics.fmean(equal_operations) if equal_operations else None,
         **measured,
     )
 
 
 def _measure(route: Route, data: Classification, config: Config) -> dict[str, Any]:
     """Cost and fidelity on one batch, at the weights of the reference after a short training."""
+    inputs = data.train_inputs[: config.batch].to(config.device)
+    labels = data.train_labels[: config.batch].to(config.device)
+
+    def step_of(network: Any) -> Step:
+        return Step(network, lambda: network.losses(inputs, labels), tuple(network.parameters()))
+
+    if route.other_objective:
+        own = initial_network(route, data, config.seed, config.device)
+        return measure(step_of(own.train()), route.rule, None, faithful=False)
     reference = _named(route.reference)
     trained = train(
         reference,
@@ -172,8 +209,6 @@ def _measure(route: Route, data: Classification, config: Config) -> dict[str, An
         batch=config.batch,
         device=config.device,
     )
-    inputs = data.train_inputs[: config.batch].to(config.device)
-    labels = data.train_labels[: config.batch].to(config.device)
 
     def network_of(one: Route) -> Any:
         network = initial_network(one, data, config.seed, config.device)
@@ -185,14 +220,21 @@ def _measure(route: Route, data: Classification, config: Config) -> dict[str, An
 
     twin, network = network_of(reference), network_of(route)
     exact = torch.autograd.grad(twin.losses(inputs, labels).mean(), twin.judged())
-    step = Step(network, lambda: network.losses(inputs, labels), tuple(network.parameters()))
-    return measure(step, route.rule, exact, judged=network.judged(), standard_error=BIAS_STANDARD_ERROR)
+    return measure(
+        step_of(network),
+        route.rule,
+        exact,
+        judged=network.judged(),
+        standard_error=BIAS_STANDARD_ERROR,
+    )
 
 
 def verdict(rows: tuple[Row, ...], routes: list[Route], data: str, config: Config) -> str:
     """The outcome in one line."""
     by_name = {row.route: row for row in rows}
-    estimators = {route.name for route in routes if not route.control and route.name != route.reference}
+    learners = {route.name for route in routes if route.learner}
+    others = [route for route in routes if not route.control and route.name != route.reference]
+    estimators = {route.name for route in others} - learners
     parts = []
     exact = by_name.get("backprop")
     if exact is not None:
@@ -209,6 +251,10 @@ def verdict(rows: tuple[Row, ...], routes: list[Route], data: str, config: Confi
         through = f"best through hard units: {best.route} {_percent(best)}"
         twin = by_name.get("expected-loss")
         parts.append(through + (f" (exact expectation {_percent(twin)})" if twin else ""))
+    local = [row for row in rows if row.route in learners]
+    if local:
+        best = max(local, key=lambda row: row.accuracy or 0.0)
+        parts.append(f"best without a global backward: {best.route} {_percent(best)}")
     if "last-layer-only" in by_name:
         parts.append(f"control, last layer alone: {_percent(by_name['last-layer-only'])}")
     setting = f"{data}, {config.steps} steps, {config.seeds} seed{'s' if config.seeds > 1 else ''}"
@@ -225,7 +271,7 @@ def claims(rows: tuple[Row, ...], routes: list[Route], chance: float) -> list[Cl
     found: list[Claim] = []
     for row in rows:
         route, bias, spread = kinds[row.route], row.bias, row.bias_se
-        if route.name == route.reference:
+        if route.name == route.reference and not route.other_objective:
             exact = row.cosine is not None and abs(row.cosine - 1) < 1e-6 and bias == 0
             found.append(_claim(f"{row.route}: cosine is 1 and bias is 0", row.cosine, None, exact))
         elif route.unbiased and bias is not None and spread is not None:
