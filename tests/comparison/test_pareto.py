@@ -1,5 +1,7 @@
 """The picture of a comparison: its axes say what was measured, and nothing that was not."""
 
+import itertools
+
 import pytest
 
 from thalweg.comparison.rows import Row
@@ -66,4 +68,4 @@ def test_many_names_stay_beside_their_panel_and_apart() -> None:
     for places in named:
         assert all(0 <= place <= 105 for place in places)
         ordered = sorted(places)
-        assert all(high - low > 3.5 for low, high in zip(ordered, ordered[1:]))
+        assert all(high - low > 3.5 for low, high in itertools.pairwise(ordered))
