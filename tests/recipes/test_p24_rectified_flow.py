@@ -116,6 +116,8 @@ def test_standardised_networks_work_in_units_of_the_points() -> None:
     other = new_field(TINY, Straight(), scaled)
     x = torch.randn(5, 2)
     torch.testing.assert_close(other(10 * x + 3, 0.3), 10 * field(x, 0.3), rtol=1e-4, atol=1e-4)
+    seen = torch.cat([points.data, points.source])
+    assert torch.equal(field.network.centre, torch.cat([seen.mean(0), torch.tensor([0.5])]))
     torch.manual_seed(0)
     raw = new_field(Training(width=8, standardised=False), Straight(), points)
     assert torch.equal(raw(x, 0.3), raw.network.inner(torch.cat([x, torch.full((5, 1), 0.3)], 1)))
@@ -258,9 +260,10 @@ def test_presets_and_bad_fields() -> None:
     assert Config() == RECIPE.config("small")
     toy = RECIPE.config("small").training
     assert (toy.pairs, toy.width, toy.layers, toy.updates, toy.batch) == (20_000, 64, 2, 2500, 512)
-    notebook = RECIPE.config("gpu").training
-    assert (notebook.pairs, notebook.width, notebook.layers) == (50_000, 128, 3)
-    assert (notebook.updates, notebook.batch) == (5000, 1024)
+    images = RECIPE.config("gpu").digits_training
+    assert (images.updates, images.batch) == (60_000, 1024)
+    network = DigitNetwork(images.width, images.blocks)
+    assert 0.9e6 < sum(parameter.numel() for parameter in network.parameters()) < 1.2e6
     for field in ({"panels": ()}, {"updates": 0}, {"exact_pairs": 100}, {"digit_rate": 0.0}):
         with pytest.raises(ArgumentError) as refusal:
             Config(**field)

@@ -8,6 +8,8 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import NullFormatter
 
 from thalweg.recipes.p24_rectified_flow.digits_panel import AGAIN
 from thalweg.recipes.p24_rectified_flow.digits_panel import STEPS as DIGIT_STEPS
@@ -55,7 +57,7 @@ def _paths(panel: Axes, lines: Sequence[Any]) -> None:
 def few_steps(rows: Mapping[str, Sequence[Result]], distilled: Sequence[Any], floor: float) -> Figure:
     """Distance from the data by number of steps, and straightness, of every row."""
     figure = Figure(figsize=(12, 5.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    left, right = figure.subplots(1, 2, width_ratios=(1.2, 1))
     names = [name for name in rows if "raw" not in name]
     for index, name in enumerate(names):
         control = name.startswith("control")
@@ -66,16 +68,16 @@ def few_steps(rows: Mapping[str, Sequence[Result]], distilled: Sequence[Any], fl
             "markerfacecolor": "none" if control else COLOURS[index % len(COLOURS)],
         }
         means = [statistics.fmean(each["distances"][str(n)] for each in rows[name]) for n in STEPS]
-        left.plot(STEPS, means, linestyle="--" if control else "-", label=name, **style)
+        left.plot(STEPS, means, linestyle="--" if control else "-", **style)
         values = [each["straightness"] for each in rows[name]]
         place = len(names) - index
         right.plot(values, [place] * len(values), "|", color=style["color"], markersize=12, alpha=0.7)
         right.plot(statistics.fmean(values), place, linestyle="none", **style)
     for index in range(len(distilled[0])):
         value = statistics.fmean(each[index]["1"] for each in distilled)
-        label = "flows 1, 2 and 3 distilled" if index == 0 else None
-        left.plot(0.8, value, "*", color=COLOURS[index], markersize=11, label=label, clip_on=False)
-    left.axhline(floor, color="#777777", linestyle=":", linewidth=1.2, label="two draws of the data")
+        label = "flows 1, 2 and 3, each distilled to one step" if index == 0 else None
+        left.plot(0.8, value, "*", color=COLOURS[index], markersize=11, label=label, alpha=0.8)
+    left.axhline(floor, color="#777777", linestyle=":", linewidth=1.4, label="two draws of the data")
     left.set_xscale("log")
     left.set_yscale("log")
     left.set_xticks(STEPS, [str(steps) for steps in STEPS])
@@ -84,11 +86,15 @@ def few_steps(rows: Mapping[str, Sequence[Result]], distilled: Sequence[Any], fl
     left.set_ylabel("energy distance from fresh data")
     right.set_xscale("log")
     right.set_xlabel("straightness S (0: straight lines), mean and seeds")
+    right.xaxis.set_minor_formatter(NullFormatter())
     right.set_yticks(list(range(len(names), 0, -1)), names)
+    left.set_title("mark and colour: as named on the right", fontsize=9, loc="left")
     for panel in (left, right):
         panel.grid(alpha=0.25, axis="both" if panel is left else "x")
         panel.spines[["top", "right"]].set_visible(False)
-    left.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(0.52, 0.97))
+    handles, labels = left.get_legend_handles_labels()
+    handles[0] = Line2D([], [], color="#777777", marker="*", markersize=11, linestyle="none")
+    left.legend(handles, labels, frameon=False, fontsize=9, loc="upper right")
     return figure
 
 
@@ -141,7 +147,7 @@ def balance(exact: Result, solvers: Result) -> Figure:
     right.set_yscale("log")
     right.set_xticks(steps, [str(each) for each in steps])
     right.set_xlabel("Euler steps on the exact field")
-    right.set_ylabel("rms error of the ends")
+    right.set_ylabel("rms distance from the exact ends")
     right.grid(alpha=0.25)
     for panel in (middle, right):
         panel.spines[["top", "right"]].set_visible(False)
@@ -149,49 +155,53 @@ def balance(exact: Result, solvers: Result) -> Figure:
 
 
 def digits(found: Result) -> Figure:
-    """Images of the flows by number of steps, beside what a classifier reads in them."""
+    """Images of the flows, beside their distance from real ones and what a classifier reads in them."""
     rows = [
         ("flow 1", "100"),
         ("flow 1", "1"),
         (AGAIN, "1"),
         *[(name, "1") for name in found["flows"] if name not in ("flow 1", AGAIN)],
     ]
-    figure = Figure(figsize=(12.5, 4.6), layout="constrained")
+    figure = Figure(figsize=(12.5, 5), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(1.55, 1))
     left, right = halves
     panels = left.subplots(len(rows), 10, squeeze=False)
-    for axes, (name, steps) in zip(panels, rows, strict=True):
+    for line, (axes, (name, steps)) in enumerate(zip(panels, rows, strict=True)):
         for digit, panel in enumerate(axes):
             image = found["flows"][name]["images"][steps][digit]
-            pixels = [image[8 * line : 8 * line + 8] for line in range(8)]
+            pixels = [image[start : start + 8] for start in range(0, 64, 8)]
             panel.imshow(pixels, cmap="gray_r", vmin=-1, vmax=1)
             panel.set_xticks([])
             panel.set_yticks([])
-            if axes is panels[0]:
+            if line == 0:
                 panel.set_title(str(digit), fontsize=9)
         text = f"{name},\n{steps} step{'s' * (steps != '1')}"
         axes[0].set_ylabel(text, rotation=0, ha="right", va="center", fontsize=9)
-    panel = right.subplots()
+    upper, lower = right.subplots(2, 1, sharex=True)
     for index, (name, flow) in enumerate(found["flows"].items()):
         control = name == AGAIN
         colour = COLOURS[index % len(COLOURS)]
-        panel.plot(
-            DIGIT_STEPS,
-            [flow["accuracy"][str(steps)] for steps in DIGIT_STEPS],
-            marker=MARKERS[index],
-            linestyle="--" if control else "-",
-            color=colour,
-            markerfacecolor="none" if control else colour,
-            label=f"control: {name}" if control else name,
-        )
-    panel.axhline(found["real"], color="#777777", linestyle=":", label="real test digits")
-    panel.set_xscale("log")
-    panel.set_xticks(DIGIT_STEPS, [str(steps) for steps in DIGIT_STEPS])
-    panel.minorticks_off()
-    panel.set_ylim(top=102)
-    panel.set_xlabel("Euler steps")
-    panel.set_ylabel("read as the label asked for (%)")
-    panel.legend(frameon=False, fontsize=8)
-    panel.grid(alpha=0.25)
-    panel.spines[["top", "right"]].set_visible(False)
+        for panel, key in ((upper, "distance"), (lower, "accuracy")):
+            panel.plot(
+                DIGIT_STEPS,
+                [flow[key][str(steps)] for steps in DIGIT_STEPS],
+                marker=MARKERS[index],
+                linestyle="--" if control else "-",
+                color=colour,
+                markerfacecolor="none" if control else colour,
+                label=f"control: {name}" if control else name,
+            )
+    upper.axhline(found["floor"], color="#777777", linestyle=":", label="real digits")
+    lower.axhline(found["real"], color="#777777", linestyle=":")
+    upper.set_yscale("log")
+    upper.set_ylabel("energy distance\nfrom test digits")
+    upper.legend(frameon=False, fontsize=8)
+    lower.set_ylabel("read as the label\nasked for (%)")
+    lower.set_xlabel("Euler steps")
+    lower.set_xscale("log")
+    lower.set_xticks(DIGIT_STEPS, [str(steps) for steps in DIGIT_STEPS])
+    for panel in (upper, lower):
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
     return figure

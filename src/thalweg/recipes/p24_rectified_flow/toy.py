@@ -37,7 +37,7 @@ class Training:
         simulation: Euler steps of the simulations that make pairs.
         distillation: updates of a distillation.
         judged: fresh points of each end that a flow is judged on.
-        standardised: whether the network works in units of the spread of its training points. In raw
+        standardised: whether the network sees points and times with mean 0 and deviation 1. In raw
             coordinates, up to 15, so small a network has not settled after so few updates.
     """
 
@@ -59,8 +59,8 @@ class VelocityNetwork(nn.Module):
     Args:
         width: units of a hidden layer.
         layers: hidden layers, at least 1.
-        centre: what is subtracted from points, (2,).
-        spread: what points are divided by, and velocities multiplied by, (2,).
+        centre: what is subtracted from a point and its time, (3,).
+        spread: what these are divided by, (3,); velocities are multiplied by that of points.
     """
 
     centre: Tensor
@@ -78,8 +78,8 @@ class VelocityNetwork(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """The velocity at points (batch, 2) and times (batch,)."""
-        inputs = torch.cat([(x - self.centre) / self.spread, t[:, None].to(x)], 1)
-        return self.spread * self.inner(inputs)  # type: ignore[no-any-return]
+        inputs = (torch.cat([x, t[:, None].to(x)], 1) - self.centre) / self.spread
+        return self.spread[:2] * self.inner(inputs)  # type: ignore[no-any-return]
 
 
 def stratified_pairs(count: int, seed: int) -> Paired:
@@ -123,9 +123,11 @@ def new_field(training: Training, path: Path, points: Independent) -> Field:
         points: where the units of the network come from, if it is standardised.
     """
     both = torch.cat([end for end in (points.data, points.source) if isinstance(end, Tensor)])
-    centre, spread = both.mean(0), both.std(0)
-    if not training.standardised:
-        centre, spread = torch.zeros_like(centre), torch.ones_like(spread)
+    centre, spread = torch.zeros(3), torch.ones(3)
+    if training.standardised:
+        # of a uniform time mean and spread are known
+        centre = torch.cat([both.mean(0), torch.tensor([0.5])])
+        spread = torch.cat([both.std(0), torch.tensor([12**-0.5])])
     return Field(VelocityNetwork(training.width, training.layers, centre, spread), path, coupled=True)
 
 

@@ -132,16 +132,21 @@ def raw(found: Sequence[Result]) -> list[Claim]:
 
 
 def digits(found: Sequence[Result]) -> list[Claim]:
-    """What a classifier of real digits says of those made in one step."""
-    names = ("flow 1", AGAIN, "flow 2")
-    return [
-        _shown(
-            f"digits, one step of {name}: % that a classifier of real ones reads as the label asked for",
-            None,
-            [each["flows"][name]["accuracy"]["1"] for each in found],
-        )
-        for name in names
-    ] + [_shown("digits: % right of real test digits", None, [each["real"] for each in found])]
+    """How far digits made in one step are from real ones, and what a classifier reads in them."""
+    shown = [
+        (
+            "digits: energy distance of training from test digits, the floor",
+            [each["floor"] for each in found],
+        ),
+        ("digits: % of test digits that the classifier reads right", [each["real"] for each in found]),
+    ]
+    for name in ("flow 1", AGAIN, "flow 2"):
+        flows = [each["flows"][name] for each in found]
+        control = "control: " if name == AGAIN else ""
+        distances, right = ([flow[key]["1"] for flow in flows] for key in ("distance", "accuracy"))
+        shown.append((f"{control}digits, one step of {name}: energy distance from test digits", distances))
+        shown.append((f"{control}digits, one step of {name}: % read as the label asked for", right))
+    return [_shown(statement, None, values) for statement, values in shown]
 
 
 def _once(flow: Result) -> float:
