@@ -226,6 +226,15 @@ def test_each_line_fails_just_beyond_its_threshold_in_any_one_seed(
     assert failing in failed[0]
 
 
+def test_the_many_step_line_is_judged_and_never_asserted() -> None:
+    found, baselines = _good()
+    found[1]["flows"][0]["distances"]["100"] = 0.26
+    claims = verdicts.trained(found, baselines, decisive=True)
+    (line,) = [claim for claim in claims if claim.statement.startswith("100 steps")]
+    assert (line.holds, line.asserted) == (False, False)
+    assert line.measured == pytest.approx(0.2 / 0.26)
+
+
 @pytest.mark.parametrize("path", verdicts.WORSE)
 @pytest.mark.parametrize("steps", verdicts.FEW)
 def test_another_path_may_not_come_as_near_as_flow_2_in_one_step(path: str, steps: str) -> None:

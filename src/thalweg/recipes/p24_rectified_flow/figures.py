@@ -162,7 +162,7 @@ def digits(found: Result) -> Figure:
         (AGAIN, "1"),
         *[(name, "1") for name in found["flows"] if name not in ("flow 1", AGAIN)],
     ]
-    figure = Figure(figsize=(12.5, 5), layout="constrained")
+    figure = Figure(figsize=(12.5, 4.3), layout="constrained")
     halves: Any = figure.subfigures(1, 2, width_ratios=(1.55, 1))
     left, right = halves
     panels = left.subplots(len(rows), 10, squeeze=False)
@@ -194,6 +194,7 @@ def digits(found: Result) -> Figure:
     upper.axhline(found["floor"], color="#777777", linestyle=":", label="real digits")
     lower.axhline(found["real"], color="#777777", linestyle=":")
     upper.set_yscale("log")
+    upper.set_yticks([0.02, 0.05, 0.1, 0.2], ["0.02", "0.05", "0.1", "0.2"])
     upper.set_ylabel("energy distance\nfrom test digits")
     upper.legend(frameon=False, fontsize=8)
     lower.set_ylabel("read as the label\nasked for (%)")
@@ -201,7 +202,7 @@ def digits(found: Result) -> Figure:
     lower.set_xscale("log")
     lower.set_xticks(DIGIT_STEPS, [str(steps) for steps in DIGIT_STEPS])
     for panel in (upper, lower):
-        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.minorticks_off()
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
     return figure

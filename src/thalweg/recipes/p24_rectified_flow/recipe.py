@@ -214,7 +214,7 @@ def _trained(lab: Lab, found: Mapping[str, Sequence[Any]]) -> list[Claim]:
         "straightening",
         figures.straightening(results[0]["flows"]),
         "Each column is one flow, first seed: the pairs that it is given, the paths that it takes, and where "
-        "one Euler step lands. Colours: where a point starts.",
+        "one Euler step lands. Grey: source, black: data; lines are coloured by the side they start on.",
     )
     lab.figure(
         "few_steps",

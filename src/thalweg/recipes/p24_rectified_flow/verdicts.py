@@ -64,6 +64,8 @@ def trained(found: Sequence[Result], baselines: Baselines, *, decisive: bool) ->
 
     straighter = "falls with each reflow, no number (Fig. 3d and 9)"
     costs = [max(b["cost"] / a["cost"] for a, b in pairwise(each)) for each in flows]
+    # reflow is not meant to better what many steps make; the spread tells how much is luck
+    many = ratio(lambda each: _often(each[1]), lambda each: _often(each[0]))
     claims = [
         claim(
             "S of flow 2 is at most 0.1 of flow 1's (largest ratio of all seeds)",
@@ -96,11 +98,15 @@ def trained(found: Sequence[Result], baselines: Baselines, *, decisive: bool) ->
             1.02,
         ),
         *(_worse(name, baselines[name], flows, decisive=decisive) for name in WORSE),
-        _shown(
-            "100 steps: energy distance of flow 2 over flow 1's (not expected to fall: at least 0.8)",
+        Claim(
+            "100 steps: energy distance of flow 2 is at least 0.8 of flow 1's (smallest ratio)",
             "FID 3.36 against 2.58 with an adaptive solver (Table 1a)",
-            ratio(lambda each: _often(each[1]), lambda each: _often(each[0])),
+            min(many),
+            _spread(many),
+            min(many) >= 0.8 if decisive else None,
+            asserted=False,
         ),
+        _shown("one step: energy distance of flow 2", None, [_once(each[1]) for each in flows]),
         _shown(
             "one step: energy distance of flow 1 distilled",
             "FID 6.18, 4.85 for flow 2 distilled (Table 1a)",
@@ -125,10 +131,12 @@ def trained(found: Sequence[Result], baselines: Baselines, *, decisive: bool) ->
 
 
 def raw(found: Sequence[Result]) -> list[Claim]:
-    """Why the networks are standardised."""
-    values = [each["flows"][1]["distances"]["1"] / each["flows"][1]["distances"]["100"] for each in found]
-    statement = "flow 2 in raw coordinates: energy distance of one step over that of 100 (largest)"
-    return [Claim(statement, None, max(values), _spread(values), None, asserted=False)]
+    """Why the networks are standardised: flow 2 by one without."""
+    flows = [each["flows"][1] for each in found]
+    return [
+        _shown("in raw coordinates: energy distance of one step of flow 2", None, [_once(f) for f in flows]),
+        _shown("in raw coordinates: S of flow 2", None, [float(f["straightness"]) for f in flows]),
+    ]
 
 
 def digits(found: Sequence[Result]) -> list[Claim]:
