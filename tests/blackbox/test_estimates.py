@@ -1,4 +1,4 @@
-"""Checks of specification 15 that SPSA, forward gradients and evolution strategies must all pass."""
+"""Exact checks that SPSA, forward gradients and evolution strategies must all pass."""
 
 import math
 import pickle

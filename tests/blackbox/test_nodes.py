@@ -1,4 +1,4 @@
-"""Node perturbation: the checks of specification 15, every kind of layer, and what it must refuse."""
+"""Node perturbation: the exact checks, every kind of layer, and what it must refuse."""
 
 import math
 import pickle

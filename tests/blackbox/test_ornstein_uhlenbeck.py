@@ -1,4 +1,4 @@
-"""Ornstein-Uhlenbeck adaptation: its stationary law, the toy of specification 15, and its state."""
+"""Ornstein-Uhlenbeck adaptation: its stationary law, a toy, and its state."""
 
 import io
 import math

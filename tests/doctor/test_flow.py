@@ -38,7 +38,7 @@ def test_weight_gradients_are_blind_to_it():
         weights = [n for n in report["A.parameter_gradients"] if n.endswith("weight")][:DEPTH]
         norms = [report["A.parameter_gradients"][name] for name in weights]
         signal = report["A.blocks"]["#"]["gradients"]
-        # the biases of the default init keep the forward from shrinking as fast as in the spec's bias-free
+        # the biases of the default init keep the forward from shrinking as fast as in the bias-free
         # case, where the ratio is 0.6 to 1.3; without biases it is read here
         assert signal[0] / signal[-1] < 1e-6
         assert norms[0] / norms[-1] < 1

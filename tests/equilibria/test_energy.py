@@ -314,7 +314,7 @@ def test_it_is_a_learner_whose_phases_any_optimizer_steps() -> None:
 
 
 def train(layer: str, epochs: int, seed: int = 0) -> float:
-    """Test accuracy on the digits by "centered", "positive" or through time, as in the spec's `ep-digits`."""
+    """Test accuracy on the digits by "centered", "positive" or through time."""
     data = digits()
     network = convergent(dense_links([64, 128, 10], gain=1.0, seed=seed))
     optimizer = torch.optim.Adam(network.parameters(), 1e-3)

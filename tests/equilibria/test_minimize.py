@@ -1,4 +1,4 @@
-"""Equilibrium propagation as a vector-Jacobian product: the exact checks of its specification."""
+"""Equilibrium propagation as a vector-Jacobian product: the exact checks."""
 
 import gc
 import math

@@ -1,4 +1,4 @@
-"""The spec's toy network: 6-5-4-3, scaled sigmoid, float64, its primitive function as a closure."""
+"""The toy network: 6-5-4-3, scaled sigmoid, float64, its primitive function as a closure."""
 
 from collections.abc import Callable
 from typing import Any

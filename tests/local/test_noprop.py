@@ -1,4 +1,4 @@
-"""NoProp in discrete time: the exact checks of its specification."""
+"""NoProp in discrete time: the exact checks."""
 
 import copy
 import math

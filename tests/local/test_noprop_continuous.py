@@ -1,4 +1,4 @@
-"""NoProp in continuous time and by flow matching: the exact checks of the specification, and refusals."""
+"""NoProp in continuous time and by flow matching: the exact checks, and refusals."""
 
 import math
 from typing import Any

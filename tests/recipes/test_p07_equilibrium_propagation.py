@@ -130,7 +130,7 @@ def test_less_than_the_papers_experiment_decides_nothing(data: str, epochs: int,
     ("centred", "positive", "truncated", "failing"),
     [(30, 40, 28, 0), (32, 40, 28, 1), (30, 29, 28, 1), (40, 30, 28, 2)],
 )
-def test_images_accept_what_the_specification_says(
+def test_images_accept_what_must_hold(
     centred: float, positive: float, truncated: float, failing: int
 ) -> None:
     errors = zip(images_panel.IMAGE_ROUTES, (centred, positive, truncated), strict=True)

@@ -22,7 +22,7 @@ from thalweg.recipes.p15_zeroth_order.orders import SOURCE
 Results = Mapping[str, Sequence[Mapping[str, Any]]]
 ROUTES = ("adaptation", "control: no reward modulation", "control: shuffled reward")
 
-# the toy of the specification
+# the toy
 DIMENSIONS, START = 5, 2.5
 # the tracked signal: a first-order process of variance 1, seen through noise of the same variance
 MEMORY, NOISE = 0.95, 1.0
