@@ -21,6 +21,7 @@ from thalweg.recipes.p24_rectified_flow.baselines import BASELINES, baseline
 from thalweg.recipes.p24_rectified_flow.digits_panel import DigitNetwork
 from thalweg.recipes.p24_rectified_flow.exact import curved_balance, straight_balance
 from thalweg.recipes.p24_rectified_flow.judging import judged, tangents
+from thalweg.recipes.p24_rectified_flow.nearest import nearest_flows
 from thalweg.recipes.p24_rectified_flow.recipe import Config
 from thalweg.recipes.p24_rectified_flow.stages import stages
 from thalweg.recipes.p24_rectified_flow.toy import (
@@ -76,6 +77,14 @@ def test_the_balance_is_one_of_straight_lines() -> None:
     assert all(straight["after"][cost] < straight["before"][cost] for cost in straight["before"])
     assert straight["single_height"] < 1e-6
     assert straight["height"] == pytest.approx(7.5, abs=0.05)
+
+
+def test_stored_pairs_become_straight_without_training() -> None:
+    first, second = nearest_flows(200, 1, seed=100)
+    assert second["straightness"] < 0.1 * first["straightness"]
+    # forty points are about 0.7 away by chance
+    assert second["once"] < 0.5 * first["once"]
+    assert verdicts.nearest([[first, second]]).measured == second["straightness"] / first["straightness"]
 
 
 def test_what_judges_a_flow_is_not_what_it_learnt_from() -> None:

@@ -17,6 +17,7 @@ from thalweg.recipes.p24_rectified_flow import figures, tables, verdicts
 from thalweg.recipes.p24_rectified_flow.baselines import BASELINES, baseline
 from thalweg.recipes.p24_rectified_flow.digits_panel import DigitsTraining, digit_flows
 from thalweg.recipes.p24_rectified_flow.exact import curved_balance, solvers, straight_balance
+from thalweg.recipes.p24_rectified_flow.nearest import nearest_flows
 from thalweg.recipes.p24_rectified_flow.stages import stages
 from thalweg.recipes.p24_rectified_flow.toy import Training
 
@@ -33,6 +34,7 @@ class Config:
         panels: which parts to run, of "exact", "trained", "digits".
         exact_pairs: pairs on which the theory is checked, a multiple of 64.
         exact_steps: of Runge-Kutta's method there.
+        stored_pairs: of the flows that need no training because they look up the nearest of stored pairs.
         pairs: points of each end that the toy's flows learn from.
         width: of the toy's network.
         layers: of the toy's network.
@@ -53,6 +55,7 @@ class Config:
     panels: tuple[Panel, ...] = PANELS
     exact_pairs: int = 16_384
     exact_steps: int = 400
+    stored_pairs: int = 1000
     pairs: int = 20_000
     width: int = 64
     layers: int = 2
@@ -73,6 +76,7 @@ class Config:
         "smoke": {
             "exact_pairs": 256,
             "exact_steps": 100,
+            "stored_pairs": 50,
             "pairs": 500,
             "updates": 30,
             "batch": 64,
@@ -174,6 +178,7 @@ def _jobs(config: Config, lab: Lab) -> list[Job]:
             jobs.append(Job("exact: straight", seed, straight_balance, (pairs, steps, seed)))
             # far from the balance, so that an eighth of the pairs shows it
             jobs.append(Job("exact: cosine", seed, curved_balance, (pairs // 8, steps, seed)))
+            jobs.append(Job("nearest pairs", seed, nearest_flows, (config.stored_pairs, ROUNDS, seed)))
         if "trained" in config.panels:
             jobs.append(Job("flows", seed, stages, (training, ROUNDS, seed)))
             plain = replace(training, standardised=False)
@@ -190,6 +195,7 @@ def _jobs(config: Config, lab: Lab) -> list[Job]:
 def _exact(lab: Lab, found: Mapping[str, Sequence[Any]]) -> list[Claim]:
     straight, curved = found["exact: straight"], found["exact: cosine"]
     tables.exact(lab, straight, curved)
+    tables.nearest(lab, found["nearest pairs"])
     lab.figure(
         "balance",
         figures.balance(straight[0], found["exact: solvers"][0]),
@@ -197,7 +203,10 @@ def _exact(lab: Lab, found: Mapping[str, Sequence[Any]]) -> list[Claim]:
         "what it saves of the cost is straightness and crossing. Right: near t = 1/2 the field is so steep "
         "that 16 to 64 Euler steps are worse than 8.",
     )
-    return verdicts.exact(straight, curved, decisive=lab.preset != "smoke")
+    return [
+        *verdicts.exact(straight, curved, decisive=lab.preset != "smoke"),
+        verdicts.nearest(found["nearest pairs"]),
+    ]
 
 
 def _trained(lab: Lab, found: Mapping[str, Sequence[Any]]) -> list[Claim]:

@@ -39,6 +39,19 @@ def exact(lab: Lab, straight: Sequence[Result], curved: Sequence[Result]) -> Non
     lab.table("The exact flow between the mixtures: the balance of its cost", columns, rows)
 
 
+def nearest(lab: Lab, found: Sequence[Sequence[Result]]) -> None:
+    """The flows that look up stored pairs."""
+    columns = ["flow", "S", "cost", "energy distance, 1 step", "100 steps"]
+    rows: list[list[object]] = [
+        [
+            f"flow {index + 1}",
+            *(round(_mean(flows, key), 4) for key in ("straightness", "cost", "once", "often")),
+        ]
+        for index, flows in enumerate(zip(*found, strict=True))
+    ]
+    lab.table("Flows by the nearest of stored pairs: nothing is trained", columns, rows)
+
+
 def trained(lab: Lab, rows: Mapping[str, Sequence[Result]], floor: float) -> None:
     """Every flow that was trained."""
     columns = ["flow", "loss", "S", "cost", "over the cheapest pairing"]
