@@ -30,7 +30,7 @@ from thalweg.recipes.p24_rectified_flow.training import copy_of
 
 
 def stages(training: Training, rounds: int, seed: int) -> dict[str, Any]:
-    """Train flow 1 on independent pairs, and each further one from scratch on the pairs of the one before.
+    """Train flow 1 on independent pairs, and each further one, begun alike, on the pairs of the one before.
 
     Args:
         training: of each.
@@ -56,12 +56,15 @@ def stages(training: Training, rounds: int, seed: int) -> dict[str, Any]:
         couplings.append(pairs)
         return learn(field, pairs)
 
-    def start(field: Field) -> Field:
-        return new_field(training, field.path, points)
+    # all flows of a seed begin with the same weights, so that these are not what tells them apart
+    untrained = new_field(training, Straight(), points)
+
+    def start(_: Field) -> Field:
+        return copy_of(untrained)
 
     source = points.source
     assert isinstance(source, Tensor)
-    first = learn(new_field(training, Straight(), points), points)
+    first = learn(copy_of(untrained), points)
     fields = [first, *reflow(first, source, learn_again, times, rounds=rounds, solver=Euler(), start=start)]
     last = reflow_pairs(fields[-1], source, times, solver=Euler())
     simulated = [pairs for pairs in (*couplings, last) if isinstance(pairs, Paired)]
