@@ -36,7 +36,7 @@ def straightening(flows: Sequence[Result]) -> Figure:
         distance = flow["distances"]["1"]
         panels[2][column].set_title(f"energy distance from the data {distance:.2g}", fontsize=10)
         panels[2][column].set_xlabel("x")
-    for row, text in enumerate(("the pairs it learns from", "its paths, 200 Euler steps", "one Euler step")):
+    for row, text in enumerate(("the pairs it learns from", "its paths, many Euler steps", "one Euler step")):
         panels[row][0].set_ylabel(f"{text}\n\ny")
     return figure
 
