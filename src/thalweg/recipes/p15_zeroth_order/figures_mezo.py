@@ -30,11 +30,12 @@ def mezo_figure(found: mezo.Results, memory: Sequence[Mapping[str, int]]) -> Fig
     left.axhline(passed, color="#999999", linewidth=1)
     left.annotate(
         "60 % of Adam's drop",
-        (1, passed),
-        xytext=(-4, 4),
+        (0.66, passed),
+        xytext=(0, -4),
         textcoords="offset points",
         xycoords=("axes fraction", "data"),
-        ha="right",
+        ha="center",
+        va="top",
         fontsize=9,
         color="#555555",
     )

@@ -1,9 +1,8 @@
 """Which order of derivative to buy: the same tasks by backprop, by one forward derivative, by values alone.
 
 Panels: digits by every order of derivative; a language model fine-tuned by forward passes; adaptation by
-intrinsic noise; an objective without a
-derivative. Step sizes are chosen on held-out training data of the run's first seed; the test data choose
-nothing.
+intrinsic noise; an objective without a derivative. Step sizes are chosen on held-out training data of the
+run, or (language model, adaptation) were chosen on seeds that judge nothing; the test data choose nothing.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ class Config:
         neuro_ticks: of adaptation on the toy.
         neuro_tracking_ticks: of adaptation while it tracks signals.
         neuro_trials: of adaptation on the cart-pole.
-        objective_steps: on the number of wrong answers, and of each run that chooses a step size for it.
+        objective_steps: on the number of wrong answers, at each step size that is tried.
     """
 
     panels: tuple[Panel, ...] = PANELS
@@ -200,25 +199,24 @@ def _neuro(config: Config, lab: Lab) -> list[Claim]:
 
 
 def _objective(config: Config, lab: Lab) -> list[Claim]:
-    rows, first, steps = objective.objectives(), lab.seeds[0], config.objective_steps
-    chosen = _cells(
+    tried = [(row, rate) for row in objective.objectives() for rate in row.learning_rates]
+    results = _cells(
         lab,
         [
             Job(
-                f"objective: step size of {row.name}",
-                first,
-                objective.choose_learning_rate,
-                (row, steps, first),
+                f"objective: {row.name} at {rate:g}",
+                seed,
+                objective.optimise,
+                (row, rate, config.objective_steps, seed),
             )
-            for row in rows
+            for row, rate in tried
+            for seed in lab.seeds
         ],
     )
-    jobs = [
-        Job(f"objective: {row.name}", seed, objective.optimise, (row, rate["learning_rate"], steps, seed))
-        for row, rate in zip(rows, chosen, strict=True)
-        for seed in lab.seeds
-    ]
-    found = _by_row([row.name for row in rows], _cells(lab, jobs))
+    by_rate: dict[str, dict[float, list[Any]]] = {}
+    for index, (row, rate) in enumerate(tried):
+        by_rate.setdefault(row.name, {})[rate] = results[index * len(lab.seeds) :][: len(lab.seeds)]
+    found = {name: objective.at_best_rate(rates) for name, rates in by_rate.items()}
     tables.objective(lab, found)
     lab.figure(
         "objective",
