@@ -36,8 +36,6 @@ class Row:
         reference: where the exact gradient comes from that it is held against.
         accuracy: of the trained network on data it has not seen, in [0, 1]; mean over seeds.
         accuracy_sd: standard deviation of the accuracy over seeds.
-        accuracy_equal_operations: after as many operations as the reference spent, in place of as many steps;
-            mean over seeds.
         cosine: between one draw of the route's gradient and the exact one, mean over draws.
         cosine_by_layer: the same by layer.
         norm_ratio: norm of one draw over the norm of the exact gradient, mean over draws.
@@ -52,6 +50,8 @@ class Row:
         ms_per_step: milliseconds a step takes.
         squared_bias: unbiased estimate of |E g^ - g|^2 / |g|^2; negative by chance where that is near 0.
         draws: how many gradients the fidelity was measured on.
+        accuracy_equal_operations: after as many operations as the reference spent, in place of as many steps;
+            mean over seeds.
         note: why a number is missing, or a warning; empty when there is nothing to say.
     """
 
@@ -60,7 +60,6 @@ class Row:
     reference: str | None = None
     accuracy: float | None = None
     accuracy_sd: float | None = None
-    accuracy_equal_operations: float | None = None
     cosine: float | None = None
     cosine_by_layer: dict[str, float] | None = None
     norm_ratio: float | None = None
@@ -75,6 +74,7 @@ class Row:
     ms_per_step: float | None = None
     squared_bias: float | None = None
     draws: int | None = None
+    accuracy_equal_operations: float | None = None
     note: str = ""
 
     def cells(self) -> dict[str, str]:

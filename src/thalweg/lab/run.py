@@ -57,6 +57,7 @@ class Lab(Handed):
 
     Example:
         >>> import tempfile
+        >>> from thalweg.lab import Claim
         >>> folder = Path(tempfile.mkdtemp())
         >>> with Lab(folder / "run", name="dice", kind="recipe", config={"sides": 6}, seeds=[0, 1]) as lab:
         ...     lab.plan(len(lab.seeds))
