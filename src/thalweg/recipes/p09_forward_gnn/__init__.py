@@ -1,0 +1,1 @@
+"""Paper 09: forward learning of graph neural networks."""
