@@ -188,6 +188,7 @@ LINKS_CAPTION = (
     "inputs as forward learning does; with inputs of unit length most of the difference is gone."
 )
 MEMORY_CAPTION = (
-    "Bytes kept at once for backward. Accumulating the gradient over eight groups of nodes helps backprop "
+    "Bytes kept at once for backward in a first step, aggregates and the copy of the features that has the "
+    "virtual nodes included. Accumulating the gradient over eight groups of nodes helps backprop "
     "only while a group's neighbourhood is smaller than the graph."
 )

@@ -1,0 +1,1 @@
+"""Paper 10: bidirectional learning for robust neural networks."""
