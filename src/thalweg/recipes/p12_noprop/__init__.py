@@ -1,0 +1,1 @@
+"""Paper 12: NoProp, a stack of blocks that each learn alone to denoise the label."""
